@@ -1,4 +1,4 @@
-"""What every command of the application shares: parsing, and one clear line for bad input."""
+"""What every command of the application shares: parsing, and one clear line when it cannot go on."""
 
 import sys
 from collections.abc import Callable
@@ -6,17 +6,27 @@ from typing import Any
 
 import tyro
 
-from jax_sae.errors import InputError
+from jax_sae import InputError
 
 
-def run(command: Callable[..., Any], argv: list[str] | None = None, *, prog: str) -> Any:
+class RunFailed(RuntimeError):
+    """The run cannot go on, through no fault of the input. The message is one line."""
+
+
+def run(command: Callable[..., Any], argv: list[str] | None = None, *, prog: str) -> None:
     """Parses ``argv`` into the parameters of ``command`` and calls it.
 
-    Bad input (:class:`InputError`, or the operating system refusing a file) prints one line to standard
-    error and exits with code 2, as does a command line that cannot be parsed.
+    Prints one line to standard error and exits with code 2 on bad input (:class:`InputError`, a file that
+    the operating system refuses, a command line that cannot be parsed), with code 1 on :class:`RunFailed`.
     """
     try:
-        return tyro.cli(command, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+        tyro.cli(command, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     except (InputError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _exit(error, 2)
+    except RunFailed as error:
+        _exit(error, 1)
+
+
+def _exit(error: Exception, code: int) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(code)

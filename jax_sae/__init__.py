@@ -1,0 +1,29 @@
+"""Sparse autoencoders in JAX, with sparsemax attention over concepts at their heart."""
+
+from jax_sae.errors import InputError as InputError
+from jax_sae.ops import SparseCodes as SparseCodes
+from jax_sae.ops import batch_top_k_threshold as batch_top_k_threshold
+from jax_sae.ops import sparse_decode as sparse_decode
+from jax_sae.ops import sparsemax as sparsemax
+from jax_sae.ops import sparsemax_threshold as sparsemax_threshold
+from jax_sae.ops import to_codes as to_codes
+from jax_sae.ops import top_k_mask as top_k_mask
+from jax_sae.sae import Preset as Preset
+from jax_sae.sae import SAEConfig as SAEConfig
+from jax_sae.sae import SAEOutput as SAEOutput
+from jax_sae.sae import SAEStats as SAEStats
+from jax_sae.sae import SparseAutoencoder as SparseAutoencoder
+from jax_sae.sae import dead_concepts as dead_concepts
+from jax_sae.sae import init_stats as init_stats
+from jax_sae.sae import sae_loss as sae_loss
+from jax_sae.sae import update_stats as update_stats
+from jax_sae.training import TrainState as TrainState
+from jax_sae.training import eval_step as eval_step
+from jax_sae.training import init_train_state as init_train_state
+from jax_sae.training import jit_train_step as jit_train_step
+from jax_sae.training import learning_rate_schedule as learning_rate_schedule
+from jax_sae.training import make_optimizer as make_optimizer
+from jax_sae.training import mesh_train_step as mesh_train_step
+from jax_sae.training import pmap_train_step as pmap_train_step
+from jax_sae.training import state_shardings as state_shardings
+from jax_sae.training import train_step as train_step

@@ -1,0 +1,225 @@
+"""The sparse autoencoder: one Flax module, its encoder and activation chosen by the configuration."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_sae.ops import batch_top_k_threshold, sparsemax, sparsemax_threshold, top_k_mask
+from jax_sae.sae.config import SAEConfig
+from jax_sae.sae.stats import SAEStats, init_stats
+
+_TINY_NORM = 1e-8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SAEOutput:
+    """What a forward pass gives.
+
+    Attributes:
+      x_hat: [..., d_in] reconstruction, in the units of the input.
+      activations: [..., M] sparse activations; exact zeros where a concept is silent.
+      scores: [..., M] scores before the activation, after the frequency cap.
+      normalized: [..., d_in] the centred and normalised input that was encoded.
+      norm: [..., 1] what the normalised input is multiplied by to give back the centred one.
+    """
+
+    x_hat: jax.Array
+    activations: jax.Array
+    scores: jax.Array
+    normalized: jax.Array
+    norm: jax.Array
+
+
+class SparseAutoencoder(nnx.Module):
+    """A sparse autoencoder with the parameters of ``config`` and nothing else in it.
+
+    MLP (names and layout of the field)::
+
+        scores = score_scale * (u - b_dec) W_enc + b_enc        y = activations W_dec + b_dec
+
+    Attention over concepts (Sparsemax SAE, CVPR 2026, with keys and values read off the same concepts)::
+
+        scores = score_scale * (u W_Q) (concepts W_K)^T         y = activations (concepts W_V)
+
+    computed as ``((u W_Q) W_K^T) concepts^T`` and ``(activations concepts) W_V``, which never forms the
+    [M, d_in] keys and values. ``u`` is the centred, normalised input; the reconstruction is
+    ``x_hat = norm * y + mean``. A zero row gives finite numbers.
+
+    Args:
+      config: what to compute.
+      rngs: the source of the initial parameters (stream ``params``).
+      statistics: of the training data, for ``b_dec_init``; see :func:`jax_sae.init_train_state`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jax_sae import SAEConfig, SparseAutoencoder, init_stats
+      >>> config = SAEConfig.preset("sparsemax", d_in=16, n_concepts=64)
+      >>> model = SparseAutoencoder(config, rngs=nnx.Rngs(0))
+      >>> out = jax.jit(lambda model, x, stats: model(x, stats))(model, jnp.ones((4, 16)), init_stats(config))
+      >>> out.x_hat.shape, out.activations.shape
+      ((4, 16), (4, 64))
+    """
+
+    def __init__(self, config: SAEConfig, *, rngs: nnx.Rngs, statistics: Any = None):
+        self.config = config
+        if config.encoder == "attention":
+            self._init_attention(rngs)
+        else:
+            self._init_mlp(rngs, statistics)
+
+    def _init_attention(self, rngs: nnx.Rngs) -> None:
+        """Kaiming-uniform with fan_in M for the concepts and d for the projections."""
+        d, m = self.config.d_in, self.config.n_concepts
+        self.concepts = nnx.Param(_kaiming_uniform(rngs.params(), (m, d), fan_in=m))
+        self.W_K = nnx.Param(_kaiming_uniform(rngs.params(), (d, d), fan_in=d))
+        self.W_V = nnx.Param(_kaiming_uniform(rngs.params(), (d, d), fan_in=d))
+        if self.config.query_projection:
+            self.W_Q = nnx.Param(_kaiming_uniform(rngs.params(), (d, d), fan_in=d))
+
+    def _init_mlp(self, rngs: nnx.Rngs, statistics: Any) -> None:
+        """Random unit decoder rows, the encoder their transpose, b_dec at the centre of the data."""
+        d, m = self.config.d_in, self.config.n_concepts
+        rows = jax.random.normal(rngs.params(), (m, d))
+        rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+        self.W_enc = nnx.Param(jnp.array(rows.T))
+        self.b_enc = nnx.Param(jnp.zeros(m))
+        self.W_dec = nnx.Param(rows)
+        self.b_dec = nnx.Param(_initial_b_dec(self.config, statistics))
+
+    def __call__(
+        self, x: jax.Array, stats: SAEStats, *, training: bool = False, axis_name: str | None = None
+    ) -> SAEOutput:
+        """Encodes and decodes rows.
+
+        Args:
+          x: [..., d_in] activations in their own units, any float dtype; computed in float32.
+          stats: see :class:`SAEStats`; read, never changed.
+          training: BatchTopK selects over the batch; everything else is the same as at evaluation.
+          axis_name: the mapped axis that the batch is split over, for that selection.
+
+        Returns:
+          SAEOutput, in float32.
+        """
+        u, norm = self.normalize(x, stats)
+        scores = self.scores(u, stats)
+        activations = self.select(scores, stats, training=training, axis_name=axis_name)
+        x_hat = self.decode_normalized(activations) * norm + _as_row(stats.mean, u.ndim)
+        return SAEOutput(x_hat, activations, scores, u, norm)
+
+    def encode(self, x: jax.Array, stats: SAEStats) -> jax.Array:
+        """[..., d_in] rows to [..., M] activations, as at evaluation."""
+        u, _ = self.normalize(x, stats)
+        return self.select(self.scores(u, stats), stats)
+
+    def decode(self, activations: jax.Array, stats: SAEStats, norm: jax.Array | None = None) -> jax.Array:
+        """[..., M] activations to [..., d_in] rows in the data's units.
+
+        Args:
+          activations: [..., M].
+          stats: for the mean that is added back and the scale.
+          norm: [..., 1] norms of the centred inputs (``SAEOutput.norm``), needed with ``"unit_norm"``.
+        """
+        if norm is None:
+            if self.config.normalize_input == "unit_norm":
+                raise ValueError("decode needs norm, the norm of each centred input row, with unit_norm inputs")
+            norm = jnp.ones((1,) * activations.ndim) / stats.scale
+        y = self.decode_normalized(activations)
+        return y * norm + _as_row(stats.mean, y.ndim)
+
+    def normalize(self, x: jax.Array, stats: SAEStats) -> tuple[jax.Array, jax.Array]:
+        """(u [..., d_in], norm [..., 1]) with ``u * norm + mean = x``; the norm of a zero row is tiny, not 0."""
+        centred = x.astype(jnp.float32) - _as_row(stats.mean, x.ndim)
+        if self.config.normalize_input == "unit_norm":
+            norm = jnp.sqrt(jnp.sum(centred**2, axis=-1, keepdims=True))
+            norm = jnp.maximum(norm, _TINY_NORM)
+        else:
+            norm = jnp.ones((*x.shape[:-1], 1)) / stats.scale
+        return centred / norm, norm
+
+    def scores(self, u: jax.Array, stats: SAEStats) -> jax.Array:
+        """[..., M] scores of normalised rows ``u [..., d_in]``, with the frequency cap applied."""
+        config = self.config
+        if config.encoder == "attention":
+            query = u @ self.W_Q[...] if config.query_projection else u
+            z = (query @ self.W_K[...].T) @ self.concepts[...].T * config.score_scale
+        else:
+            b_dec, b_enc = (_as_row(b[...], u.ndim) for b in (self.b_dec, self.b_enc))
+            z = (u - b_dec) @ self.W_enc[...] * config.score_scale + b_enc
+        if config.frequency_cap is None:
+            return z
+        return jnp.where(_as_row(stats.frequency > config.frequency_cap, z.ndim), 0.0, z)
+
+    def select(
+        self, scores: jax.Array, stats: SAEStats, *, training: bool = False, axis_name: str | None = None
+    ) -> jax.Array:
+        """[..., M] scores to activations: exact zeros where a concept is silent.
+
+        Derivatives: the selection is a constant, so an active concept passes its gradient and a silent one
+        none, but for sparsemax ``"probabilities"``, which has the Jacobian of sparsemax.
+        """
+        config = self.config
+        if config.activation == "sparsemax":
+            if config.values == "probabilities":
+                return sparsemax(scores)
+            tau, _ = sparsemax_threshold(jax.lax.stop_gradient(scores))
+            return jnp.where(scores > tau[..., None], scores, 0.0)
+        positive = jax.nn.relu(scores)
+        if config.activation == "topk":
+            return jnp.where(top_k_mask(jax.lax.stop_gradient(scores), config.k), positive, 0.0)
+        if config.activation == "batch_topk":
+            return jnp.where(self._batch_top_k_mask(positive, stats, training, axis_name), positive, 0.0)
+        return positive
+
+    def _batch_top_k_mask(
+        self, positive: jax.Array, stats: SAEStats, training: bool, axis_name: str | None
+    ) -> jax.Array:
+        if not training:
+            return positive > stats.threshold
+        flat = jax.lax.stop_gradient(positive.reshape(-1, positive.shape[-1]))
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        count = self.config.k * flat.shape[0] * devices
+        return positive >= batch_top_k_threshold(flat, count, axis_name=axis_name)
+
+    def decode_normalized(self, activations: jax.Array) -> jax.Array:
+        """[..., M] activations to [..., d_in] in normalised units, ``b_dec`` included."""
+        y = self.decode_linear(activations)
+        return y if self.config.encoder == "attention" else y + _as_row(self.b_dec[...], y.ndim)
+
+    def decode_linear(self, activations: jax.Array) -> jax.Array:
+        """[..., M] activations times the decoder rows, without ``b_dec``: [..., d_in]."""
+        if self.config.encoder == "attention":
+            return (activations @ self.concepts[...]) @ self.W_V[...]
+        return activations @ self.W_dec[...]
+
+    def decoder(self) -> jax.Array:
+        """[M, d_in] rows that activations are multiplied by: ``W_dec``, or ``concepts W_V``."""
+        if self.config.encoder == "attention":
+            return self.concepts[...] @ self.W_V[...]
+        return self.W_dec[...]
+
+    def decoder_norms(self) -> jax.Array:
+        """[M] norms of the decoder rows."""
+        return jnp.linalg.norm(self.decoder(), axis=-1)
+
+
+def _as_row(vector: jax.Array, ndim: int) -> jax.Array:
+    """[n] to [1, ..., 1, n], so that broadcasting is explicit."""
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)
+
+
+def _kaiming_uniform(key: jax.Array, shape: tuple[int, int], fan_in: int) -> jax.Array:
+    bound = (6 / fan_in) ** 0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _initial_b_dec(config: SAEConfig, statistics: Any) -> jax.Array:
+    """The chosen centre of the data, in normalised units."""
+    if statistics is None or config.b_dec_init == "zeros" or config.normalize_input == "unit_norm":
+        return jnp.zeros(config.d_in)
+    stats = init_stats(config, statistics)
+    return (jnp.asarray(getattr(statistics, config.b_dec_init), jnp.float32) - stats.mean) * stats.scale

@@ -1,0 +1,279 @@
+"""Training state, the pure step, and the same step under jit, pmap or a mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_sae.sae import SAEConfig, SAEStats, SparseAutoencoder, dead_concepts, init_stats, sae_loss, update_stats
+from jax_sae.sae.modules import SAEOutput
+
+Metrics = dict[str, jax.Array]
+Step = Callable[["TrainState", jax.Array], tuple["TrainState", Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that training changes. A pytree: checkpoint it, donate it, shard it.
+
+    Attributes:
+      step: [] int32, training steps done.
+      model: the parameters.
+      opt_state: of the optimizer.
+      stats: see :class:`jax_sae.SAEStats`.
+    """
+
+    step: jax.Array
+    model: SparseAutoencoder
+    opt_state: optax.OptState
+    stats: SAEStats
+
+
+def make_optimizer(
+    learning_rate: float,
+    *,
+    total_steps: int,
+    warmup_steps: int = 200,
+    decay_fraction: float = 0.2,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Adam with the learning rate of :func:`learning_rate_schedule` and optional clipping.
+
+    Args:
+      learning_rate: the peak.
+      total_steps: length of the run.
+      warmup_steps: steps of linear warm-up.
+      decay_fraction: the last part of the run, over which the rate falls linearly to 0; 0 keeps it constant.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      clip_norm: clip the global norm of the gradient to this; None for no clipping.
+    """
+    schedule = learning_rate_schedule(
+        learning_rate, total_steps=total_steps, warmup_steps=warmup_steps, decay_fraction=decay_fraction
+    )
+    adam = optax.adam(schedule, b1=b1, b2=b2)
+    return adam if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adam)
+
+
+def learning_rate_schedule(
+    learning_rate: float, *, total_steps: int, warmup_steps: int, decay_fraction: float
+) -> optax.Schedule:
+    """Linear warm-up to ``learning_rate``, constant, then linear decay to 0 over the last steps.
+
+    The first step already moves: step t of the warm-up has the rate ``learning_rate * (t + 1) / warmup_steps``.
+    """
+    decay_steps = max(1, round(total_steps * decay_fraction))
+
+    def schedule(step: jax.Array) -> jax.Array:
+        rise = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+        fall = jnp.clip((total_steps - step) / decay_steps, 0.0, 1.0) if decay_fraction else 1.0
+        return learning_rate * rise * fall
+
+    return schedule
+
+
+def init_train_state(
+    config: SAEConfig, optimizer: optax.GradientTransformation, key: jax.Array, statistics: Any = None
+) -> TrainState:
+    """A fresh state.
+
+    Args:
+      config: the autoencoder.
+      optimizer: any optax transformation.
+      key: random key of the initial parameters.
+      statistics: of the training data (:class:`jax_sae.data.Statistics`): the mean that is subtracted, the
+        scale, the start of ``b_dec``. Without it the mean is 0 and the scale 1.
+    """
+    model = SparseAutoencoder(config, rngs=nnx.Rngs(params=key), statistics=statistics)
+    return TrainState(
+        step=jnp.int32(0), model=model, opt_state=optimizer.init(model), stats=init_stats(config, statistics)
+    )
+
+
+def train_step(
+    config: SAEConfig,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: jax.Array,
+    *,
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step: pure, to be jitted, mapped, scanned or sharded.
+
+    Args:
+      config: the autoencoder, equal to ``state.model.config``.
+      optimizer: what ``state.opt_state`` belongs to.
+      state: the state before the step.
+      batch: [B, d_in] rows of any float dtype.
+      axis_name: inside ``pmap``, the axis that the batch is split over; ``batch`` is then this device's part,
+        and the result equals that of the whole batch on one device.
+
+    Returns:
+      (state after the step, scalars float32: ``loss`` and its terms, ``fvu`` per sample, ``l0`` the fraction
+      of exact zeros, ``active`` the mean number of active concepts, ``dead_fraction``, ``grad_norm``).
+    """
+
+    def all_mean(tree: Any) -> Any:
+        return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+    loss_and_grad = jax.value_and_grad(sae_loss, has_aux=True)
+    (loss, (output, terms)), grads = loss_and_grad(
+        state.model, state.stats, batch, state.step, axis_name=axis_name
+    )
+    grads = all_mean(grads)
+    model, opt_state = _update(config, optimizer, state, grads)
+    stats = update_stats(config, state.stats, output.activations, axis_name=axis_name)
+    metrics = all_mean({"loss": loss, **_terms_to_report(terms), **forward_metrics(output, batch)})
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    metrics["dead_fraction"] = jnp.mean(dead_concepts(config, stats), dtype=jnp.float32)
+    return TrainState(step=state.step + 1, model=model, opt_state=opt_state, stats=stats), metrics
+
+
+def forward_metrics(output: SAEOutput, x: jax.Array) -> Metrics:
+    """Scalars of one batch: ``fvu`` (ddof 1), ``l0`` (fraction of zeros), ``active`` (count), means over rows.
+
+    A constant row has no FVU and is left out of its mean.
+    """
+    x = x.astype(jnp.float32)
+    unexplained = jnp.var(x - output.x_hat, axis=-1, ddof=1)
+    variance = jnp.var(x, axis=-1, ddof=1)
+    varies = variance > 0
+    fvu = jnp.where(varies, unexplained / jnp.where(varies, variance, 1.0), 0.0)
+    active = jnp.mean(jnp.sum(output.activations != 0, axis=-1), dtype=jnp.float32)
+    return {
+        "fvu": jnp.sum(fvu) / jnp.maximum(jnp.sum(varies), 1),
+        "active": active,
+        "l0": 1 - active / output.activations.shape[-1],
+    }
+
+
+def eval_step(config: SAEConfig, model: SparseAutoencoder, stats: SAEStats, x: jax.Array) -> Metrics:
+    """The loss and the metrics of :func:`forward_metrics` on ``x [B, d_in]``; changes nothing."""
+    loss, (output, _) = sae_loss(model, stats, x, step=config.l1_warmup_steps, training=False)
+    return {"loss": loss, **forward_metrics(output, x)}
+
+
+def _terms_to_report(terms: Metrics) -> Metrics:
+    """The terms of the loss, where there is more than one."""
+    return {f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
+
+
+def _update(
+    config: SAEConfig, optimizer: optax.GradientTransformation, state: TrainState, grads: SparseAutoencoder
+) -> tuple[SparseAutoencoder, optax.OptState]:
+    """The optimizer's update, on the sphere of unit decoder rows where the configuration asks for it."""
+    if config.unit_norm_decoder:
+        rows, grad = state.model.W_dec[...], grads.W_dec[...]
+        unit = _unit_rows(rows)
+        grads.W_dec[...] = grad - unit * jnp.sum(unit * grad, axis=-1, keepdims=True)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+    model = optax.apply_updates(state.model, updates)
+    if config.unit_norm_decoder:
+        model.W_dec[...] = _unit_rows(model.W_dec[...])
+    return model, opt_state
+
+
+def _unit_rows(rows: jax.Array) -> jax.Array:
+    norm = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / jnp.maximum(norm, jnp.finfo(rows.dtype).tiny)
+
+
+def jit_train_step(
+    config: SAEConfig, optimizer: optax.GradientTransformation, *, steps_per_call: int = 1
+) -> Step:
+    """:func:`train_step` under ``jit``, the state donated.
+
+    Args:
+      config: the autoencoder.
+      optimizer: any optax transformation.
+      steps_per_call: with S > 1 a call takes ``batch [S, B, d_in]``, runs S steps in one ``lax.scan`` and
+        gives metrics ``[S]``.
+    """
+    return jax.jit(_repeat(functools.partial(train_step, config, optimizer), steps_per_call), donate_argnums=0)
+
+
+def _repeat(step: Step, steps_per_call: int) -> Step:
+    if steps_per_call == 1:
+        return step
+    return lambda state, batches: jax.lax.scan(step, state, batches)
+
+
+def pmap_train_step(
+    config: SAEConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps_per_call: int = 1,
+    devices: list[jax.Device] | None = None,
+) -> Step:
+    """:func:`train_step` under ``pmap``: data parallel over the local devices of every host.
+
+    The state goes in and comes out replicated and not stacked; ``batch`` is this host's ``[B, d_in]`` (or
+    ``[S, B, d_in]``), which is split evenly over its devices.
+
+    Raises:
+      ValueError: on a call whose B is not a multiple of the number of local devices.
+    """
+    local = jax.local_devices() if devices is None else devices
+    step = functools.partial(train_step, config, optimizer, axis_name="data")
+    mapped = jax.pmap(
+        _repeat(step, steps_per_call),
+        axis_name="data",
+        in_axes=(None, 0 if steps_per_call == 1 else 1),
+        out_axes=(None, None),
+        donate_argnums=0,
+        devices=devices,
+    )
+
+    def split_and_step(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
+        *lead, rows, width = batch.shape
+        if rows % len(local):
+            raise ValueError(f"batch has {rows} rows; expected a multiple of the {len(local)} local devices")
+        return mapped(state, batch.reshape(*lead, len(local), rows // len(local), width))
+
+    return split_and_step
+
+
+def mesh_train_step(
+    config: SAEConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, steps_per_call: int = 1
+) -> Step:
+    """:func:`train_step` over a mesh with axes ``data`` and ``model``.
+
+    The batch is split over ``data``, everything with a concept axis over ``model``; XLA places the collectives.
+    Put the state on the mesh with ``jax.device_put(state, state_shardings(state, mesh))``.
+    """
+    step = _repeat(functools.partial(train_step, config, optimizer), steps_per_call)
+    rows = P("data", None) if steps_per_call == 1 else P(None, "data", None)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def sharded_step(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
+        batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, rows))
+        state, metrics = step(state, batch)
+        return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh)), metrics
+
+    return sharded_step
+
+
+_CONCEPT_AXIS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "concepts": 0, "frequency": 0, "rows_since_fired": 0}
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """The sharding of every leaf of ``state`` on ``mesh``: concepts over ``model``, the rest replicated."""
+
+    def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
+        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        axes = [_CONCEPT_AXIS[name] for name in names if name in _CONCEPT_AXIS]
+        if not axes or "model" not in mesh.axis_names:
+            return NamedSharding(mesh, P())
+        return NamedSharding(mesh, P(*("model" if i == axes[0] else None for i in range(leaf.ndim))))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)

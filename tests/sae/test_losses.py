@@ -1,0 +1,182 @@
+"""Losses and statistics against closed forms and the references' recorded numbers."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_sae import SAEConfig, SparseAutoencoder, init_stats, sae_loss, update_stats
+
+GOLDENS = Path(__file__).parent.parent / "goldens"
+
+
+def golden(name):
+    with np.load(GOLDENS / f"{name}_public.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def close(actual, expected):
+    expected = np.asarray(expected)
+    assert np.abs(np.asarray(actual) - expected).max() <= 2e-6 * max(np.abs(expected).max(), 1e-30)
+
+
+def with_parameters(config, **parameters):
+    model = SparseAutoencoder(config, rngs=nnx.Rngs(0))
+    for name, value in parameters.items():
+        getattr(model, name)[...] = jnp.asarray(value)
+    return model
+
+
+def check_sparsemax_step(g, prefix, model, stats):
+    """One recorded call of the reference: activations, reconstruction, loss, gradients, frequencies."""
+    x = jnp.asarray(g[f"{prefix}x"])
+    stats = dataclasses.replace(stats, frequency=jnp.asarray(g[f"{prefix}idf_before"]))
+    (loss, (out, _)), grads = jax.value_and_grad(sae_loss, has_aux=True)(model, stats, x, 0)
+    np.testing.assert_array_equal(np.asarray(out.activations) != 0, g[f"{prefix}feature_acts"] != 0)
+    close(out.activations, g[f"{prefix}feature_acts"])
+    close(out.x_hat, g[f"{prefix}sae_out"])
+    close(loss, g[f"{prefix}loss"])
+    close(grads.concepts[...], g[f"{prefix}grad_concept"])
+    close(grads.W_K[...], g[f"{prefix}grad_k"])
+    close(grads.W_V[...], g[f"{prefix}grad_v"])
+    stats = update_stats(model.config, stats, out.activations)
+    close(stats.frequency, g[f"{prefix}idf_after"])
+    return stats
+
+
+def sparsemax_reference(g, prefix=""):
+    """The reference has no mean-centring; everything else is the preset."""
+    config = SAEConfig.preset("sparsemax", 16, 64, center_input=False)
+    names = dict(concepts="concept", W_K="k", W_V="v")
+    model = with_parameters(config, **{ours: g[prefix + theirs] for ours, theirs in names.items()})
+    return model, init_stats(config)
+
+
+def test_sparsemax_equals_the_reference_over_five_calls():
+    g = golden("sparsemax_sae_forward")
+    model, stats = sparsemax_reference(g)
+    for step in range(1, 6):
+        stats = check_sparsemax_step(g, f"step{step}_", model, stats)
+    assert (g["step5_idf_before"] > 0.1).any(), "the cap must have been at work"
+
+
+@pytest.mark.parametrize("regime", ["tiny_", "large_"])
+def test_sparsemax_equals_the_reference_with_negative_thresholds_and_with_tiny_supports(regime):
+    g = golden("sparsemax_sae_forward_regimes")
+    model, stats = sparsemax_reference(g, regime)
+    stats = check_sparsemax_step(g, regime, model, stats)
+    check_sparsemax_step(g, f"{regime}second_", model, stats)
+
+
+def test_batch_topk_keeps_a_running_threshold_in_float32_and_uses_it_at_evaluation():
+    config = SAEConfig.preset("batch_topk", 4, 6, k=2, threshold_decay=0.75)
+    stats = init_stats(config)
+    first = jnp.array([[0.0, 3.0, 0, 2.0, 0, 0], [0.5, 0, 0, 0, 0, 0]])
+    stats = update_stats(config, stats, first)
+    assert stats.threshold == 0.5
+    stats = update_stats(config, stats, first + (first > 0))
+    assert stats.threshold == 0.75 * 0.5 + 0.25 * 1.5 and stats.threshold.dtype == jnp.float32
+    assert update_stats(config, stats, jnp.zeros((2, 6))).threshold == stats.threshold
+    model = SparseAutoencoder(config, rngs=nnx.Rngs(0))
+    scores = jnp.array([[0.7, 1.5, -1.0, 5.0, 0.75, 0.0]])
+    np.testing.assert_array_equal(model.select(scores, stats), [[0, 1.5, 0, 5.0, 0, 0]])
+
+
+def test_statistics_count_frequency_and_silence():
+    config = SAEConfig.preset("relu", 4, 3, dead_after_rows=8)
+    stats = init_stats(config)
+    stats = update_stats(config, stats, jnp.array([[1.0, 0, 0], [2.0, 0, 3.0], [1, 0, 0], [1, 0, 0]]))
+    np.testing.assert_allclose(stats.frequency, [1, 0, 0.25])
+    np.testing.assert_array_equal(stats.rows_since_fired, [0, 4, 0])
+    stats = update_stats(config, stats, jnp.array([[0.0, 0, 1.0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]))
+    np.testing.assert_allclose(stats.frequency, [0.5, 0, 0.25])
+    np.testing.assert_array_equal(stats.rows_since_fired, [4, 8, 0])
+
+
+def test_the_silence_counter_stops_instead_of_wrapping():
+    config = SAEConfig.preset("relu", 4, 3)
+    stats = dataclasses.replace(init_stats(config), rows_since_fired=jnp.full(3, 2**30 - 1, jnp.int32))
+    for _ in range(3):
+        stats = update_stats(config, stats, jnp.zeros((5, 3)))
+    np.testing.assert_array_equal(stats.rows_since_fired, [2**30] * 3)
+
+
+def test_l1_warms_up_linearly():
+    config = SAEConfig.preset("relu", 4, 6, l1_coefficient=0.5, l1_warmup_steps=10)
+    model, stats = SparseAutoencoder(config, rngs=nnx.Rngs(0)), init_stats(config)
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    penalty = 0.5 * np.abs(np.asarray(model(x, stats).activations)).sum(-1).mean()
+    for step, fraction in [(0, 0.1), (4, 0.5), (9, 1.0), (500, 1.0)]:
+        _, (_, terms) = sae_loss(model, stats, x, step)
+        assert terms["l1"] == pytest.approx(fraction * penalty, rel=1e-6)
+
+
+def aux_case():
+    config = SAEConfig.preset("topk", 6, 20, k=3, aux_k=4, dead_after_rows=100)
+    model, stats = SparseAutoencoder(config, rngs=nnx.Rngs(0)), init_stats(config)
+    dead = np.arange(20) % 3 == 0
+    stats = dataclasses.replace(stats, rows_since_fired=jnp.where(dead, 100, 0).astype(jnp.int32))
+    return config, model, stats, dead, jax.random.normal(jax.random.key(3), (7, 6))
+
+
+def test_auxk_equals_its_definition():
+    config, model, stats, dead, x = aux_case()
+    _, (out, terms) = sae_loss(model, stats, x, 0)
+    residual = np.asarray(x - out.x_hat, np.float64)
+    scores = np.where(dead, np.maximum(np.asarray(out.scores, np.float64), 0), 0)
+    keep = np.argsort(-scores, axis=-1)[:, :4]
+    chosen = np.zeros_like(scores)
+    np.put_along_axis(chosen, keep, np.take_along_axis(scores, keep, -1), -1)
+    error = ((residual - chosen @ np.asarray(model.W_dec[...], np.float64)) ** 2).sum(-1).mean()
+    variance = ((residual - residual.mean(0)) ** 2).sum(-1).mean()
+    assert terms["aux"] == pytest.approx(error / variance / 32, rel=1e-5)
+
+
+def test_auxk_moves_dead_concepts_and_nothing_else():
+    config, model, stats, dead, x = aux_case()
+    aux = lambda model: sae_loss(model, stats, x, 0)[1][1]["aux"]
+    grads = jax.grad(aux)(model)
+    moved = np.abs(np.asarray(grads.W_dec[...])).max(-1) > 0
+    assert moved.any() and not moved[~dead].any()
+    assert not np.asarray(grads.W_enc[...])[:, ~dead].any()
+
+
+def test_auxk_is_zero_while_nothing_is_dead():
+    config, model, _, _, x = aux_case()
+    assert sae_loss(model, init_stats(config), x, 0)[1][1]["aux"] == 0
+
+
+def dl_parameters(g, encoder, decoder, b_dec):
+    return dict(
+        W_enc=g[f"param_{encoder}"].T, b_enc=g["param_encoder_bias"], W_dec=g[f"param_{decoder}"].T, b_dec=g[b_dec]
+    )
+
+
+@pytest.mark.parametrize("name", ["topk", "batch_topk"])
+@pytest.mark.parametrize("case", ["", "dead_"])
+def test_the_topk_family_equals_dictionary_learning(name, case):
+    g = golden(f"dl_{name.replace('_', '')}")
+    config = SAEConfig.preset(
+        name, 16, 64, k=6, normalize_input="none", unit_norm_decoder=False, aux_k=8, dead_after_rows=10_000_000
+    )
+    model = with_parameters(
+        config, **dl_parameters(g, "encoder_weight", "decoder_weight", "param_b_dec")
+    )
+    silent = np.where(g["num_tokens_since_fired_after" if not case else f"{case}num_tokens_since_fired_after"] >= 0, g[f"{case}num_tokens_since_fired_after"], 0)
+    stats = dataclasses.replace(init_stats(config), rows_since_fired=jnp.asarray(silent, jnp.int32))
+    x = jnp.asarray(g["x"])
+    (loss, (out, terms)), grads = jax.value_and_grad(sae_loss, has_aux=True)(model, stats, x, 0)
+    np.testing.assert_array_equal(np.asarray(out.activations) != 0, g[f"{case}f"] != 0)
+    close(out.activations, g[f"{case}f"])
+    close(out.x_hat, g[f"{case}x_hat"])
+    close(terms["reconstruction"], g[f"{case}log_l2_loss"])
+    close(terms["aux"] * 32, g[f"{case}log_auxk_loss"])
+    close(loss, g[f"{case}loss"])
+    close(grads.W_enc[...].T, g[f"{case}grad_encoder_weight"])
+    close(grads.b_enc[...], g[f"{case}grad_encoder_bias"])
+    close(grads.W_dec[...].T, g[f"{case}grad_decoder_weight"])
+    close(grads.b_dec[...], g[f"{case}grad_b_dec"])

@@ -1,0 +1,235 @@
+"""The training loop: it reads, dispatches, logs and saves; everything it computes is in the step."""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_sae import InputError, TrainState, eval_step, init_train_state, learning_rate_schedule
+from jax_sae.data import ActivationSet, load_batches, prefetch_to_device
+from jax_sae.training import Metrics
+
+from .checkpoint import Checkpoints, abstract
+from .cli import RunFailed
+from .config import ResolvedConfig, TrainConfig, resolve, workdir_of
+from .files import make_writable_folder
+from .logs import RunLog
+from .parallel import Placement, place
+from .run import abstract_state_of, claim_workdir, open_data, optimizer_of, survey
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains, or goes on training, the run in ``config.workdir``.
+
+    A run that was stopped at any moment and started again ends with the parameters, bit for bit, of one
+    that never stopped, on the same devices. The order in which things are found and restored:
+
+    Returns:
+      The workdir.
+
+    Raises:
+      InputError: bad flags, bad data, or a workdir of another run.
+      RunFailed: the loss is no longer finite.
+    """
+    # 1. The data, before anything is written.
+    assert config.data is not None, "the command line fills in the default set"
+    activations = open_data(config.data, holdout=config.holdout)
+    resolved = resolve(config, activations)
+    # 2. The workdir: new, or of this very run.
+    workdir = make_writable_folder(workdir_of(config))
+    claim_workdir(workdir, resolved)
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+        start = checkpoints.step() or 0
+        if start == 0 and config.verify:
+            activations.verify()
+        # 3. What has to be known of the data: statistics, and rows to leave out.
+        activations, statistics = survey(activations, workdir, drop_non_finite=config.drop_non_finite)
+        # 4. The state: from the checkpoint, or fresh; then onto its devices.
+        optimizer = optimizer_of(resolved.train)
+        placement = place(resolved, optimizer)
+        shapes = abstract_state_of(resolved)
+        if start:
+            state = checkpoints.restore(abstract(shapes, placement.state(shapes)), start)
+        else:
+            key = jax.random.key(config.seed)
+            state = init_train_state(resolved.sae, optimizer, key, statistics)
+            state = jax.device_put(state, placement.state(shapes))
+        # 5. The rest of the run. The position in the data is the step.
+        if start < config.steps:
+            _Loop(resolved, activations, placement, checkpoints, workdir, start).run(state)
+    return workdir
+
+
+class _Loop:
+    """The I/O around the step: batches in, metrics and checkpoints out."""
+
+    def __init__(
+        self,
+        resolved: ResolvedConfig,
+        activations: ActivationSet,
+        placement: Placement,
+        checkpoints: Checkpoints,
+        workdir: Path,
+        start: int,
+    ):
+        self._resolved, self._config = resolved, resolved.train
+        self._activations = activations
+        self._placement = placement
+        self._checkpoints = checkpoints
+        self._workdir = workdir
+        self._step = start
+        self._eval_step = jax.jit(eval_step, static_argnums=0)
+        assert self._config.learning_rate is not None  # resolved
+        self._learning_rate = learning_rate_schedule(
+            self._config.learning_rate,
+            total_steps=self._config.steps,
+            warmup_steps=self._config.warmup_steps,
+            decay_fraction=self._config.decay_fraction,
+        )
+        self._undelivered: list[tuple[int, Metrics]] = []
+        self._clock = time.perf_counter()
+        self._waited = 0.0
+
+    def run(self, state: TrainState) -> None:
+        """Steps until the end of the run, or until a signal asks it to stop."""
+        config, every_step = self._config, self._config.steps_per_call
+        batch_size = config.batch_size
+        with (
+            contextlib.closing(
+                RunLog(self._workdir, step=self._step, steps=config.steps, batch_size=batch_size)
+            ) as self._log,
+            contextlib.closing(self._batches()) as batches,
+            stop_signals() as stop,
+        ):
+            self._clock = self._began = time.perf_counter()
+            while self._step < config.steps:
+                asked = time.perf_counter()
+                batch = next(batches)
+                self._waited += time.perf_counter() - asked
+                state, metrics = self._placement.step(state, batch)
+                self._step += every_step
+                self._undelivered.append((self._step, metrics))
+                self._log.advance(every_step)
+                if self._step % config.log_every == 0:
+                    self._deliver(keep=config.log_every // every_step)
+                last = self._step == config.steps or stop
+                if self._step % config.checkpoint_every == 0 or last:
+                    self._save(state)
+                if stop:
+                    break
+            self._checkpoints.wait()
+        if stop:
+            print(
+                f"stopped by {signal.Signals(stop[0]).name} at step {self._step} of {config.steps}, saved in "
+                f"{self._workdir}; run the same command again to go on"
+            )
+
+    def _batches(self) -> Iterator[jax.Array]:
+        """Batches from the current step on, on their devices before they are needed."""
+        config, group = self._config, self._config.steps_per_call
+        rows = load_batches(
+            self._activations,
+            config.batch_size,
+            config.seed,
+            start=self._step,
+            stop=config.steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        if group > 1:
+            rows = _stacked(rows, group)
+        return prefetch_to_device(rows, sharding=self._placement.batch)
+
+    def _deliver(self, keep: int) -> None:
+        """Fetches metrics and logs them, all but the newest ``keep``: those may still be on their way."""
+        count = len(self._undelivered) - keep
+        if count <= 0:
+            return
+        ready, self._undelivered = self._undelivered[:count], self._undelivered[count:]
+        values = jax.device_get([metrics for _, metrics in ready])
+        self._require_finite([step for step, _ in ready], [v["loss"] for v in values])
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        step = ready[-1][0]
+        steps = len(ready) * self._config.steps_per_call
+        record: dict[str, Any] = {"step": step, "rows": step * self._config.batch_size}
+        record |= {name: float(np.mean([v[name] for v in values])) for name in values[0]}
+        record["learning_rate"] = float(self._learning_rate(np.int32(step - 1)))
+        record["rows_per_second"] = steps * self._config.batch_size / seconds
+        record["input_wait_fraction"] = self._waited / seconds
+        record["elapsed_seconds"] = now - self._began
+        self._waited = 0.0
+        self._log.write(record)
+
+    def _require_finite(self, steps: list[int], losses: list[np.ndarray]) -> None:
+        """Raises RunFailed naming the first steps whose loss is not finite; nothing of them was saved."""
+        every = self._config.steps_per_call
+        bad = [
+            step - every + 1 + i
+            for step, loss in zip(steps, losses, strict=True)
+            for i in np.flatnonzero(~np.isfinite(np.atleast_1d(loss)))
+        ]
+        if bad:
+            saved = self._checkpoints.step()
+            kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was written yet"
+            raise RunFailed(
+                f"the loss is not finite at step{'s' * (len(bad) > 1)} {', '.join(map(str, bad[:8]))}; {kept}; "
+                "lower --learning-rate, or set --clip-norm, in a new --workdir"
+            )
+
+    def _save(self, state: TrainState) -> None:
+        """Delivers every metric, validates, and starts writing a checkpoint."""
+        self._deliver(keep=0)
+        metrics = self._validate(state)
+        if metrics:
+            self._log.write({"step": self._step, **metrics})
+        self._checkpoints.save(state, self._step, metrics)
+        self._clock = time.perf_counter()
+
+    def _validate(self, state: TrainState) -> dict[str, float]:
+        """Means over the first held-out rows, as ``val_*``; empty when no rows are held out."""
+        first = self._activations.train_rows
+        last = min(first + self._config.validation_rows, self._activations.rows)
+        totals: dict[str, float] = {}
+        for begin in range(first, last, self._config.batch_size):
+            x = self._activations.read(begin, min(begin + self._config.batch_size, last))
+            values = jax.device_get(self._eval_step(self._resolved.sae, state.model, state.stats, x))
+            for name in ("loss", "fvu", "active"):
+                totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(values[name]) * len(x)
+        means = {name: total / (last - first) for name, total in totals.items()}
+        if not all(map(math.isfinite, means.values())):
+            raise RunFailed(f"the validation loss is not finite at step {self._step}; the checkpoint before it is kept")
+        return means
+
+
+def _stacked(batches: Iterator[np.ndarray], group: int) -> Iterator[np.ndarray]:
+    """Groups of consecutive batches as one array [group, B, d]."""
+    for first in batches:
+        yield np.stack([first, *(next(batches) for _ in range(group - 1))])
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT put their number in; a second signal acts as it did before."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
