@@ -94,14 +94,15 @@ def _optional(value: float | None, form: str) -> str:
 
 
 def save(
-    name: str, tables: Sequence[Table], *, rates: Mapping[str, float] | None = None, root: Path = ROOT
+    name: str, tables: Sequence[Table], *, rates: Mapping[str, float] | None = None, root: Path | None = None
 ) -> Path:
-    """Writes ``root/<device>/<name>.json``, whole or not at all, and returns its path.
+    """Writes ``<device>/<name>.json``, whole or not at all, and returns its path.
 
-    Times are in seconds. ``rates`` are the machine's measured limits, keyed by what and unit: ``"copy B/s"``.
+    It goes under ``root``, which is ``results`` beside this file unless given. Times are in
+    seconds. ``rates`` are the machine's measured limits, keyed by what and unit: ``"copy B/s"``.
     """
     description = machine()
-    path = root / str(description["device"]) / f"{name}.json"
+    path = (root or ROOT) / str(description["device"]) / f"{name}.json"
     content = {
         "name": name,
         "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
@@ -135,7 +136,7 @@ def _row_json(row: Row) -> dict[str, object]:
 
 
 def publish(
-    name: str, tables: Sequence[Table], *, rates: Mapping[str, float] | None = None, root: Path = ROOT
+    name: str, tables: Sequence[Table], *, rates: Mapping[str, float] | None = None, root: Path | None = None
 ) -> Path:
     """Prints the machine, its measured rates and every table, saves the JSON, and returns its path."""
     description = machine()
