@@ -1,0 +1,1 @@
+"""Language models whose activations are read and spliced, in Flax NNX, checked against the originals."""
