@@ -155,10 +155,11 @@ def test_metrics_are_what_they_say():
     error = x - np.asarray(out.x_hat, np.float64)
     active = (np.asarray(out.activations) != 0).sum(-1).mean()
     _, metrics = jax_sae.train_step(config, optimizer, state, jnp.asarray(batches[0]))
-    assert metrics["fvu"] == pytest.approx((error.var(-1, ddof=1) / x.var(-1, ddof=1)).mean(), rel=1e-5)
-    assert metrics["active"] == pytest.approx(active, rel=1e-6)
-    assert metrics["l0"] == pytest.approx(1 - active / M, rel=1e-6)
-    assert metrics["loss"] == pytest.approx(metrics["loss_reconstruction"] + metrics["loss_l1"], rel=1e-6)
+    assert float(metrics["fvu"]) == pytest.approx((error.var(-1, ddof=1) / x.var(-1, ddof=1)).mean(), rel=1e-5)
+    assert float(metrics["active"]) == pytest.approx(active, rel=1e-6)
+    assert float(metrics["l0"]) == pytest.approx(1 - active / M, rel=1e-6)
+    terms = float(metrics["loss_reconstruction"] + metrics["loss_l1"])
+    assert float(metrics["loss"]) == pytest.approx(terms, rel=1e-6)
 
 
 def test_the_schedule_rises_stays_and_falls_to_zero():

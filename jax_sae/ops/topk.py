@@ -1,0 +1,79 @@
+"""Selection of the largest scores: per row, and over a whole batch."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def top_k_mask(z: jax.Array, k: int) -> jax.Array:
+    """The k largest entries of every row.
+
+    Args:
+      z: [..., M] scores.
+      k: 1 to M.
+
+    Returns:
+      [..., M] bool with exactly k True per row. Ties go to the lower index; NaN counts as the largest. A constant
+      to differentiation.
+
+    Raises:
+      ValueError: k is out of range.
+    """
+    width = z.shape[-1]
+    if not 1 <= k <= width:
+        raise ValueError(f"k is {k} for rows of {width} scores; expected 1 <= k <= {width}")
+    rows = lax.stop_gradient(z).reshape(-1, width)
+    _, indices = lax.top_k(rows, k)
+    chosen = jnp.zeros(rows.shape, bool).at[jnp.arange(rows.shape[0])[:, None], indices].set(True)
+    return chosen.reshape(z.shape)
+
+
+def batch_top_k_threshold(z: jax.Array, count: int, *, axis_name: str | None = None) -> jax.Array:
+    """The ``count``-th largest of all scores of a batch, exactly.
+
+    By bisection on the integers whose order is that of the floats: at most 32 counting sweeps, which need
+    neither a sort nor a gather, so the batch may be split over devices.
+
+    Args:
+      z: [B, M] scores without NaN; this device's rows when ``axis_name`` is given. Computed in float32.
+      count: 1 to the number of scores in the whole batch.
+      axis_name: the mapped axis that the batch is split over.
+
+    Returns:
+      [] float32. ``z >= threshold`` keeps ``count`` scores, and more where scores tie with the threshold.
+      A constant to differentiation.
+
+    Raises:
+      ValueError: ``count`` is out of range.
+    """
+    total = z.size * (1 if axis_name is None else lax.axis_size(axis_name))
+    if not 1 <= count <= total:
+        raise ValueError(f"count is {count} for a batch of {total} scores; expected 1 <= count <= {total}")
+    keys = _ordered_integers(lax.stop_gradient(z))
+    low, high = jnp.min(keys), jnp.max(keys)
+    if axis_name is not None:
+        low, high = lax.pmin(low, axis_name), lax.pmax(high, axis_name)
+
+    def halve(bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Keeps: at least ``count`` keys are >= low, fewer are > high."""
+        low, high = bracket
+        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
+        reached = jnp.sum(keys >= middle, dtype=jnp.int32)
+        if axis_name is not None:
+            reached = lax.psum(reached, axis_name)
+        enough = reached >= count
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    threshold, _ = lax.while_loop(lambda bracket: bracket[0] < bracket[1], halve, (low, high))
+    return _floats(threshold)
+
+
+def _ordered_integers(z: jax.Array) -> jax.Array:
+    """float32 to int32 of the same order; -0.0 comes just before 0.0."""
+    bits = lax.bitcast_convert_type(z.astype(jnp.float32), jnp.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _floats(keys: jax.Array) -> jax.Array:
+    """The inverse of :func:`_ordered_integers`."""
+    return lax.bitcast_convert_type(keys ^ ((keys >> 31) & 0x7FFFFFFF), jnp.float32)
