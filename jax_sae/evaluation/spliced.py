@@ -172,14 +172,14 @@ def evaluate_spliced(
         raise InputError("there are no held-out sequences to score; extract a set with --holdout above 0")
     if not isinstance(reconstruct, jax.tree_util.Partial):
         reconstruct = jax.tree_util.Partial(reconstruct)
-    mean = jnp.asarray(mean, jnp.float32)
+    mean_row = jnp.asarray(mean, jnp.float32)
     total = SplicedSums(0.0, 0.0, 0.0, 0.0, 0.0)
     for start in range(0, len(tokens), batch_size):
         batch = tokens[start : start + batch_size]
         count = len(batch)
         filled = np.resize(batch, (batch_size, tokens.shape[1]))
         weights = (np.arange(batch_size) < count).astype(np.float32)
-        sums = _spliced_loss(backbone, layer, filled, reconstruct, mean, first_position, weights)
+        sums = _spliced_loss(backbone, layer, filled, reconstruct, mean_row, first_position, weights)
         total = jax.tree.map(lambda whole, part: whole + float(part), total, sums)
         if progress is not None:
             progress(count)
