@@ -18,8 +18,8 @@ _ENDLESS = 2**62
 class BatchSource:
     """Random access to batches, for ``grain.MapDataset.source``: an element is a whole batch.
 
-    The windows of the order that were used last, two of them, are kept in memory in the order of the stream, so a
-    batch is a slice or two. Of each window a host reads the rows it will use, in the order they have on disk.
+    The two windows of the order that were used last are kept in memory, and a batch is gathered from them. Of each
+    window a host reads the rows it will use, in the order they have on disk.
 
     Args:
       activations: the set.
@@ -48,7 +48,7 @@ class BatchSource:
         self._first_row = first_row
         self._share = order.batch_size // process_count
         self._skip = process_index * self._share
-        self._windows: dict[tuple[int, int], np.ndarray] = {}
+        self._windows: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return self._batches
@@ -63,8 +63,8 @@ class BatchSource:
             low, high = max(start, mine[0]), min(stop, mine[1])
             if low < high:
                 first = self._owned_before(self._order.window_start(piece.epoch, piece.window))
-                window = self._window(piece.epoch, piece.window)
-                parts.append(window[self._owned_before(low) - first : self._owned_before(high) - first])
+                loaded, find = self._window(piece.epoch, piece.window)
+                parts.append(loaded[find[self._owned_before(low) - first : self._owned_before(high) - first]])
             start = stop
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
@@ -73,20 +73,26 @@ class BatchSource:
         batches, within = divmod(position, self._order.batch_size)
         return batches * self._share + min(max(within - self._skip, 0), self._share)
 
-    def _window(self, epoch: int, window: int) -> np.ndarray:
-        """This host's rows of a window, in the order of the stream."""
+    def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """This host's rows of a window in the order of the disk, and where each place of the stream finds its row."""
         if (epoch, window) not in self._windows:
             rows = self._order.window(epoch, window)
-            positions = self._order.window_start(epoch, window) + np.arange(len(rows))
-            within = positions % self._order.batch_size - self._skip
-            rows = rows[(within >= 0) & (within < self._share)]
+            within = (self._order.window_start(epoch, window) + np.arange(len(rows))) % self._order.batch_size
+            rows = rows[(within >= self._skip) & (within < self._skip + self._share)]
             by_place = np.argsort(rows)
-            loaded = np.empty((len(rows), self._activations.d), self._activations.dtype)
-            loaded[by_place] = self._activations.take(rows[by_place] + self._first_row)
-            if len(self._windows) > 1:
-                self._windows.pop(min(self._windows))
-            self._windows[epoch, window] = loaded
+            find = np.empty_like(by_place)
+            find[by_place] = np.arange(len(rows))
+            loaded = self._activations.take(rows[by_place] + self._first_row, out=self._buffer(len(rows)))
+            self._windows[epoch, window] = loaded, find
         return self._windows[epoch, window]
+
+    def _buffer(self, rows: int) -> np.ndarray:
+        """Room for a window. The older of two windows gives up its own: fresh memory costs more than the copy."""
+        if len(self._windows) < 2:
+            most = self._order.block_rows * self._order.window_blocks
+            return np.empty((most, self._activations.d), self._activations.dtype)[:rows]
+        oldest, _ = self._windows.pop(min(self._windows))
+        return oldest.base[:rows]
 
 
 def load_batches(

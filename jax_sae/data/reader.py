@@ -25,8 +25,8 @@ class Shard(Protocol):
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop``, [stop - start, d]."""
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        """Rows at ``indices``, [n, d]."""
+    def take(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Puts the rows at ascending ``indices`` into ``out [n, d]``."""
 
     def fingerprint(self) -> bytes:
         """Bytes that differ between shards of different shape, and almost surely of different content."""
@@ -63,8 +63,8 @@ class NpyShard:
     def read(self, start: int, stop: int) -> np.ndarray:
         return np.array(self._rows[start:stop])
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        return self._rows[indices]
+    def take(self, indices: np.ndarray, out: np.ndarray) -> None:
+        np.take(self._rows, indices, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
 
     def fingerprint(self) -> bytes:
         with self.path.open("rb") as file:
@@ -96,17 +96,19 @@ class RecordShard:
         self.rows = len(source) * self._per_record
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return self.take(np.arange(start, stop))
+        rows = np.empty((stop - start, self.d), self.dtype)
+        self.take(np.arange(start, stop), rows)
+        return rows
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
+    def take(self, indices: np.ndarray, out: np.ndarray) -> None:
         records, places = np.unique(indices // self._per_record, return_inverse=True)
         loaded = self._source.__getitems__([int(record) for record in records])
         rows = np.stack([record[self._feature] for record in loaded]).reshape(len(records), -1, self.d)
-        return rows[places, indices % self._per_record]
+        out[...] = rows[places, indices % self._per_record]
 
     def fingerprint(self) -> bytes:
-        ends = np.unique([0, self.rows - 1])
-        return repr((self.rows, self.d)).encode() + self.take(ends).tobytes()
+        ends = self.read(0, 1).tobytes() + self.read(self.rows - 1, self.rows).tobytes()
+        return repr((self.rows, self.d)).encode() + ends
 
 
 class ActivationSet:
@@ -164,18 +166,30 @@ class ActivationSet:
                 parts.append(shard.read(max(start - begin, 0), min(stop - begin, shard.rows)))
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.d), self.dtype), *parts])
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        """Rows at ``indices`` (int64, any order) as an array [n, d]; ascending indices read in sequence."""
+    def take(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows at ``indices`` (int64, any order) as an array [n, d]; ascending indices read in sequence.
+
+        Args:
+          indices: [n].
+          out: [n, d] of the set's dtype to put them in, instead of new memory.
+
+        Raises:
+          IndexError: a row is not in the set.
+        """
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.rows:
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of a set with {self.rows}")
+        taken = np.empty((len(indices), self.d), self.dtype) if out is None else out
         rows = indices
         if len(self._removed):  # the i-th removed row shifts every row from there on by one
             rows = rows + np.searchsorted(self._removed - np.arange(len(self._removed)), rows, side="right")
-        if len(self._shards) == 1:
-            return self._shards[0].take(rows)
-        taken = np.empty((len(rows), self.d), self.dtype)
-        which = np.searchsorted(self._ends, rows, side="right")
-        for i in np.unique(which):
-            places = np.flatnonzero(which == i)
-            taken[places] = self._shards[i].take(rows[places] - (self._ends[i] - self._shards[i].rows))
+        if np.all(rows[:-1] <= rows[1:]):  # ascending: every shard fills one stretch
+            bounds = np.searchsorted(rows, np.concatenate([[0], self._ends]))
+            for shard, end, low, high in zip(self._shards, self._ends, bounds, bounds[1:], strict=False):
+                if low < high:
+                    shard.take(rows[low:high] - (end - shard.rows), out=taken[low:high])
+            return taken
+        order = np.argsort(rows)
+        taken[order] = self.take(indices[order])
         return taken
 
     def with_holdout(self, rows: int) -> "ActivationSet":
