@@ -19,10 +19,10 @@ from jax_sae.training import Metrics
 from .checkpoint import Checkpoints, abstract
 from .cli import RunFailed
 from .config import ResolvedConfig, TrainConfig, resolve, workdir_of
-from .files import make_writable_folder
+from .files import make_writable_folder, write_json
 from .logs import RunLog
 from .parallel import Placement, place
-from .run import abstract_state_of, claim_workdir, open_data, optimizer_of, survey
+from .run import abstract_state_of, open_data, optimizer_of, refuse_other_run, survey, verify
 
 
 def train(config: TrainConfig) -> Path:
@@ -38,22 +38,23 @@ def train(config: TrainConfig) -> Path:
       InputError: bad flags, bad data, or a workdir of another run.
       RunFailed: the loss is no longer finite.
     """
-    # 1. The data, before anything is written.
+    # 1. Everything that may be refused, before anything is written.
     assert config.data is not None, "the command line fills in the default set"
     activations = open_data(config.data, holdout=config.holdout)
     resolved = resolve(config, activations)
-    # 2. The workdir: new, or of this very run.
+    optimizer = optimizer_of(resolved.train)
+    placement = place(resolved, optimizer)
     workdir = make_writable_folder(workdir_of(config))
-    claim_workdir(workdir, resolved)
+    refuse_other_run(workdir, resolved)
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         start = checkpoints.step() or 0
+        # 2. The bytes of the data, and what has to be known of them: statistics, rows to leave out.
         if start == 0 and config.verify:
-            activations.verify()
-        # 3. What has to be known of the data: statistics, and rows to leave out.
+            verify(activations)
         activations, statistics = survey(activations, workdir, drop_non_finite=config.drop_non_finite)
-        # 4. The state: from the checkpoint, or fresh; then onto its devices.
-        optimizer = optimizer_of(resolved.train)
-        placement = place(resolved, optimizer)
+        # 3. From here on the workdir is this run's.
+        write_json(workdir / "config.json", resolved.to_json())
+        # 4. The state, from the checkpoint or fresh, on its devices.
         shapes = abstract_state_of(resolved)
         if start:
             state = checkpoints.restore(abstract(shapes, placement.state(shapes)), start)
@@ -61,7 +62,7 @@ def train(config: TrainConfig) -> Path:
             key = jax.random.key(config.seed)
             state = init_train_state(resolved.sae, optimizer, key, statistics)
             state = jax.device_put(state, placement.state(shapes))
-        # 5. The rest of the run. The position in the data is the step.
+        # 5. The rest of the run; the step is the position in the data.
         if start < config.steps:
             _Loop(resolved, activations, placement, checkpoints, workdir, start).run(state)
     return workdir

@@ -103,21 +103,21 @@ def read_config(path: Path) -> ResolvedConfig:
         raise InputError(f"{path} is not the configuration of a run ({error}); restore it or use a new workdir") from error
 
 
-def claim_workdir(workdir: Path, resolved: ResolvedConfig) -> None:
-    """Writes ``config.json``, or makes sure that the one there is of the same run.
+def refuse_other_run(workdir: Path, resolved: ResolvedConfig) -> None:
+    """Makes sure that a run that is already in ``workdir`` is this one.
 
     Raises:
-      InputError: the folder holds a run with another configuration; the differing fields are named.
+      InputError: it has another configuration; the differing fields are named.
     """
     path = workdir / "config.json"
-    if path.exists():
-        differences = differing_fields(read_json(path), resolved.to_json())
-        if differences:
-            raise InputError(
-                f"{workdir} holds a run with another configuration ({'; '.join(differences)}); "
-                "use another --workdir, or the flags of that run to resume it"
-            )
-    write_json(path, resolved.to_json())
+    if not path.exists():
+        return
+    differences = differing_fields(read_json(path), resolved.to_json())
+    if differences:
+        raise InputError(
+            f"{workdir} holds a run with another configuration ({'; '.join(differences)}); "
+            "use another --workdir, or the flags of that run to resume it"
+        )
 
 
 def open_data(path: Path, *, holdout: float) -> ActivationSet:
@@ -126,6 +126,16 @@ def open_data(path: Path, *, holdout: float) -> ActivationSet:
     if activations.holdout_rows:
         return activations
     return activations.with_holdout(round(activations.rows * holdout))
+
+
+def verify(activations: ActivationSet) -> None:
+    """Compares the set with its checksums, with a progress bar.
+
+    Raises:
+      InputError: a shard is damaged; it is named.
+    """
+    with tqdm(unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+        activations.verify(bar.update)
 
 
 def survey(

@@ -159,7 +159,7 @@ def test_other_data_under_the_same_flags_is_refused(whole_run, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(rows_file, tmp_path):
-    wild = config(rows_file, tmp_path, learning_rate=1e37, warmup_steps=25)
+    wild = config(rows_file, tmp_path, preset="relu", learning_rate=1e30, warmup_steps=1)
     with pytest.raises(RunFailed, match=r"the loss is not finite at steps? \d+.*(kept|no checkpoint)"):
         train(wild)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
@@ -227,7 +227,7 @@ def test_flags_that_do_not_fit_are_named(rows_file, tmp_path, changes, message):
         changes = changes | dict(sae=Overrides(k=32))
     with pytest.raises(InputError, match=message):
         train(config(rows_file, tmp_path / "run", **changes))
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_with_nan_are_refused_or_dropped_when_asked(tmp_path):
@@ -235,8 +235,8 @@ def test_rows_with_nan_are_refused_or_dropped_when_asked(tmp_path):
     rows[[3, 1190]] = np.nan
     np.save(tmp_path / "rows.npy", rows)
     with pytest.raises(InputError, match=r"2 rows with NaN or inf \(the first is row 3\).*--drop-non-finite"):
-        train(config(tmp_path / "rows.npy", tmp_path / "refused"))
-    workdir = train(config(tmp_path / "rows.npy", tmp_path / "dropped", drop_non_finite=True))
+        train(config(tmp_path / "rows.npy", tmp_path / "run"))
+    workdir = train(config(tmp_path / "rows.npy", tmp_path / "run", drop_non_finite=True))
     assert load_run(workdir).step == 40
 
 
@@ -254,16 +254,16 @@ def test_a_workdir_that_is_a_file_is_named(rows_file, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(rows_file, tmp_path, monkeypatch):
-    from orbax.checkpoint.v1.training import Checkpointer
+    from orbax.checkpoint import v1
 
-    save = Checkpointer.save_async
+    save = v1.training.Checkpointer.save_async
 
     def full(self, step, *arguments, **keywords):
         if step == 20:
             raise OSError(28, "No space left on device")
         return save(self, step, *arguments, **keywords)
 
-    monkeypatch.setattr(Checkpointer, "save_async", full)
+    monkeypatch.setattr(v1.training.Checkpointer, "save_async", full)
     with pytest.raises(OSError, match=r"cannot write a checkpoint to .*No space left.*are whole"):
         train(config(rows_file, tmp_path))
     assert load_run(tmp_path).step == 10
