@@ -129,7 +129,9 @@ def _evaluated_tiles(evaluation: dict[str, float]) -> list[Tile]:
     if "ce_clean" in evaluation:
         clean, spliced = evaluation["ce_clean"], evaluation["ce_sae"]
         tiles += [
-            Tile("Loss recovered", percent(evaluation["loss_recovered"], 3), "of what ablation destroys"),
+            Tile(
+                "Loss recovered", percent(evaluation["loss_recovered"], 3), "of what zero ablation destroys"
+            ),
             Tile("Cross-entropy", f"{clean:.3f} → {spliced:.3f}", "clean → with SAE, nats per token"),
         ]
     return tiles
