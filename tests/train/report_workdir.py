@@ -27,6 +27,7 @@ EVALUATION = {
     "ce_zero_ablated": 10.803,
     "ce_degradation": 0.136,
     "loss_recovered": 0.98143,
+    "loss_recovered_mean": 0.97622,
 }
 
 
