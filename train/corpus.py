@@ -34,8 +34,9 @@ class Windows:
 
     Attributes:
       tokens: int32 [items, sequence_length].
-      items: int32 [items, 2], the index into ``documents`` and the number of tokens of that document before
-        the window (not counting the tokens, such as a BOS, that the tokenizer puts in front of every window).
+      items: int32 [items, 2], the index into ``documents`` and which token of that document stands at
+        position 0 of the window. A BOS that the tokenizer puts in front of a window takes the place of the
+        token before it, so the first window of a document is then at -1.
       documents: names of all documents.
       holdout: how many of the items, the last ones, are held out.
     """
@@ -138,7 +139,7 @@ def _sample(
         for index, ids in _encode(documents, side, tokenizer):
             whole = len(ids) // length
             tokens.append(ids[: whole * length].reshape(whole, length))
-            offsets = np.arange(whole, dtype=np.int32) * length
+            offsets = np.arange(whole, dtype=np.int32) * length - len(prefix)
             items.append(np.stack([np.full(whole, index, np.int32), offsets], axis=1))
             found += whole
             bar.update(whole)

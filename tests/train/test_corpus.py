@@ -89,7 +89,9 @@ def test_every_window_opens_with_what_the_tokenizer_wants(documents, tokenizer):
     windows = cut(documents, tokenizer)
     assert (windows.tokens[:, 0] == 499).all()
     for tokens, (document, offset) in zip(windows.tokens, windows.items, strict=True):
-        assert [WORDS[i] for i in tokens[1:]] == documents[document].text.split()[offset : offset + 7]
+        words = documents[document].text.split()[offset + 1 : offset + 8]
+        assert [WORDS[i] for i in tokens[1:]] == words
+    assert windows.items[:, 1].min() == -1
 
 
 def test_no_hold_out(documents, tokenizer):
