@@ -1,0 +1,80 @@
+"""How well rows are reconstructed: FVU per sample and pooled, cosine similarity."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_COSINE_EPSILON = 1e-8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReconstructionSums:
+    """Mergeable sums over rows; the value does not depend on how rows were batched.
+
+    Attributes:
+      rows: [] number of rows.
+      varied_rows: [] rows with a nonzero variance over their features: those that have an FVU.
+      fvu: [] sum over them of var(x - x_hat) / var(x), ddof 1.
+      cosine: [] sum of cosine similarities.
+      squared_error: [] sum of squared errors over rows and features.
+      mean: [d] mean of the rows.
+      squares: [] sum of squared distances of the rows from ``mean``.
+    """
+
+    rows: Any
+    varied_rows: Any
+    fvu: Any
+    cosine: Any
+    squared_error: Any
+    mean: Any
+    squares: Any
+
+    @classmethod
+    def of_batch(cls, x: jax.Array, x_hat: jax.Array) -> "ReconstructionSums":
+        """Sums of ``x [B, d]`` and its reconstruction, in float32; pure, to be jitted."""
+        x, x_hat = x.astype(jnp.float32), x_hat.astype(jnp.float32)
+        error = x - x_hat
+        variance = jnp.var(x, axis=-1, ddof=1)
+        varies = variance > 0
+        fvu = jnp.var(error, axis=-1, ddof=1) / jnp.where(varies, variance, 1.0)
+        norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(x_hat, axis=-1)
+        mean = jnp.mean(x, axis=0)
+        return cls(
+            rows=jnp.int32(len(x)),
+            varied_rows=jnp.sum(varies, dtype=jnp.int32),
+            fvu=jnp.sum(jnp.where(varies, fvu, 0.0)),
+            cosine=jnp.sum(jnp.sum(x * x_hat, axis=-1) / jnp.maximum(norms, _COSINE_EPSILON)),
+            squared_error=jnp.sum(error**2),
+            mean=mean,
+            squares=jnp.sum((x - mean[None, :]) ** 2),
+        )
+
+    def merge(self, other: "ReconstructionSums") -> "ReconstructionSums":
+        """Sums over the rows of both (Chan, Golub and LeVeque 1979 for the mean and the squares)."""
+        rows = self.rows + other.rows
+        shift = other.mean - self.mean
+        return ReconstructionSums(
+            rows=rows,
+            varied_rows=self.varied_rows + other.varied_rows,
+            fvu=self.fvu + other.fvu,
+            cosine=self.cosine + other.cosine,
+            squared_error=self.squared_error + other.squared_error,
+            mean=self.mean + shift * (other.rows / rows),
+            squares=self.squares + other.squares + (shift @ shift) * (self.rows * other.rows / rows),
+        )
+
+    def compute(self) -> dict[str, float]:
+        """``fvu`` (mean over rows that vary), ``fvu_pooled``, ``cs``, ``undefined_rows`` (constant: no FVU).
+
+        A set of constant rows has no ``fvu``, a set of equal rows no ``fvu_pooled``: they are NaN.
+        """
+        nan = float("nan")
+        return {
+            "fvu": float(self.fvu / self.varied_rows) if self.varied_rows else nan,
+            "fvu_pooled": float(self.squared_error / self.squares) if self.squares else nan,
+            "cs": float(self.cosine / self.rows),
+            "undefined_rows": int(self.rows - self.varied_rows),
+        }
