@@ -41,10 +41,10 @@ def windows(tokenizer) -> Windows:
 
 
 def test_next_token_loss_on_speeches(model, windows):
-    """3.48 nats were measured on other windows of these texts; 32 windows have a standard error of 0.07."""
+    """102 other windows of these texts gave 3.70 nats, 96 more 3.72; 32 have a standard error of 0.07."""
     score = jax.jit(lambda m, t: m.next_token_loss(m.residual(t, 9), t, 9))
     losses = [np.asarray(score(model, windows.tokens[i : i + 8])) for i in range(0, 32, 8)]
-    assert 3.2 < np.concatenate(losses).mean() < 3.8
+    assert 3.4 < np.concatenate(losses).mean() < 3.9
 
 
 def test_position_0_is_an_attention_sink(model, windows):
