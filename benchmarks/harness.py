@@ -161,9 +161,7 @@ def paired_ratio(seconds: Iterable[float], baseline: Iterable[float]) -> float:
     return statistics.median(ours / theirs for ours, theirs in zip(seconds, baseline, strict=True))
 
 
-def matmul_rate(
-    m: int = 1024, k: int = 768, n: int = 8192, dtype: Any = jnp.float32, rounds: int = 5
-) -> float:
+def matmul_rate(m: int = 1024, k: int = 768, n: int = 8192, dtype: Any = jnp.float32, rounds: int = 5) -> float:
     """Best measured rate of an ``[m, k] @ [k, n]`` product on the default device, in FLOP/s.
 
     The best round, not the median: a limit is what the machine can do.

@@ -19,9 +19,7 @@ STACK = "import jax, flax, optax"
 
 def import_seconds(imports: str, after: str = "pass") -> float:
     """Seconds that the statement ``imports`` takes in a new interpreter that has run ``after`` first."""
-    program = (
-        f"import time\n{after}\nstart = time.perf_counter()\n{imports}\nprint(time.perf_counter() - start)"
-    )
+    program = f"import time\n{after}\nstart = time.perf_counter()\n{imports}\nprint(time.perf_counter() - start)"
     command = [sys.executable, "-c", program]
     output = subprocess.run(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, check=True).stdout
     return float(output.splitlines()[-1])

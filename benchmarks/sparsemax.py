@@ -124,9 +124,7 @@ def main(
     for peer in missing_peers():
         print(f"{peer} is not installed: left out")
     tables = [
-        sparsemax_table(
-            name, example_scores(SHAPES[name], scale, dtype), rounds=rounds, copy_rate=rates["copy B/s"]
-        )
+        sparsemax_table(name, example_scores(SHAPES[name], scale, dtype), rounds=rounds, copy_rate=rates["copy B/s"])
         for name in shapes
     ]
     publish("sparsemax", tables, rates=rates)

@@ -12,7 +12,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_sae.sae import SAEConfig, SAEStats, SparseAutoencoder, dead_concepts, init_stats, sae_loss, update_stats
+from jax_sae.sae import (
+    SAEConfig,
+    SAEStats,
+    SparseAutoencoder,
+    dead_concepts,
+    init_stats,
+    sae_loss,
+    update_stats,
+)
 from jax_sae.sae.modules import SAEOutput
 
 Metrics = dict[str, jax.Array]
@@ -127,9 +135,7 @@ def train_step(
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
     loss_and_grad = jax.value_and_grad(sae_loss, has_aux=True)
-    (loss, (output, terms)), grads = loss_and_grad(
-        state.model, state.stats, batch, state.step, axis_name=axis_name
-    )
+    (loss, (output, terms)), grads = loss_and_grad(state.model, state.stats, batch, state.step, axis_name=axis_name)
     grads = all_mean(grads)
     model, opt_state = _update(config, optimizer, state, grads)
     stats = update_stats(config, state.stats, output.activations, axis_name=axis_name)
@@ -188,9 +194,7 @@ def _unit_rows(rows: jax.Array) -> jax.Array:
     return rows / jnp.maximum(norm, jnp.finfo(rows.dtype).tiny)
 
 
-def jit_train_step(
-    config: SAEConfig, optimizer: optax.GradientTransformation, *, steps_per_call: int = 1
-) -> Step:
+def jit_train_step(config: SAEConfig, optimizer: optax.GradientTransformation, *, steps_per_call: int = 1) -> Step:
     """:func:`train_step` under ``jit``, the state donated.
 
     Args:

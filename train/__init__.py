@@ -1,1 +1,1 @@
-"""The training application. In a checkout ``python -m train``; from an installed package ``python -m jax_sae.train``."""
+"""The training application: ``python -m train`` in a checkout, ``python -m jax_sae.train`` once installed."""

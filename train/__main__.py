@@ -13,8 +13,8 @@ def main(config: TrainConfig) -> None:
 
         config = dataclasses.replace(config, data=extract(ExtractConfig()))
     workdir = train(config)
-    print(f"trained: {workdir} (next: python -m train.evaluate {workdir})")
+    print(f"trained: {workdir} (next: python -m {__package__}.evaluate {workdir})")
 
 
 if __name__ == "__main__":
-    cli.run(main, prog="python -m train")
+    cli.run(main, prog=f"python -m {__package__}")

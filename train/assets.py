@@ -141,9 +141,7 @@ def _verified(asset: Asset, folder: Path, remedy: str) -> list[Path]:
         raise InputError(f"{folder} holds no {asset.files.name}; {remedy}")
     found = content_sha256(files)
     if found != asset.sha256:
-        what = (
-            files[0] if len(files) == 1 else f"the listing of {len(files)} files {folder / asset.files.name}"
-        )
+        what = files[0] if len(files) == 1 else f"the listing of {len(files)} files {folder / asset.files.name}"
         raise InputError(f"{what} has sha256 {found}, expected {asset.sha256}; {remedy}")
     return files
 

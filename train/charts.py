@@ -234,9 +234,7 @@ def bar_chart(
     return Chart(
         x_ticks=tuple(Tick(x(at), label) for at, label in x_ticks),
         y_ticks=tuple(Tick(100 - y(at), label) for at, label in zip(ticks, axis_labels(ticks), strict=True)),
-        bars=tuple(
-            Bar(x(c.low), x(c.high) - x(c.low), y(c.count), c.label, c.quiet) for c in columns if c.count
-        ),
+        bars=tuple(Bar(x(c.low), x(c.high) - x(c.low), y(c.count), c.label, c.quiet) for c in columns if c.count),
         marks=tuple(Tick(x(at), label) for at, label in marks),
     )
 

@@ -86,7 +86,7 @@ class TrainConfig:
     steps_per_call: int = 1
     parallel: Literal["auto", "jit", "pmap", "mesh"] = "auto"
     mesh: tuple[int, int] | None = None
-    sae: Overrides = Overrides()  # type: ignore[valid-type]
+    sae: Overrides = dataclasses.field(default_factory=Overrides)  # type: ignore[valid-type]
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "steps_per_call"):
@@ -97,9 +97,7 @@ class TrainConfig:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 0")
         for name in ("decay_fraction", "holdout"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; expected a fraction in [0, 1)"
-                )
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected a fraction in [0, 1)")
         for name in ("learning_rate", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -147,9 +145,9 @@ class ResolvedConfig:
         """The inverse of :meth:`to_json`."""
         fields = dict(fields)
         sae, source, fingerprint = (fields.pop(name) for name in ("sae", "source", "fingerprint"))
-        paths = {name: Path(fields.pop(name)) for name in ("data", "workdir")}
-        mesh = fields.pop("mesh")
-        train = TrainConfig(**fields, **paths, mesh=tuple(mesh) if mesh else None)
+        fields |= {name: Path(fields[name]) for name in ("data", "workdir")}
+        fields["mesh"] = tuple(fields["mesh"]) if fields["mesh"] else None
+        train = TrainConfig(**fields)
         return cls(train, SAEConfig(**sae), source, fingerprint)
 
 

@@ -60,9 +60,7 @@ def read_documents(inputs: Sequence[str]) -> list[Document]:
     documents = [document for source in inputs for document in _read(source)]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
-        raise InputError(
-            f"--inputs {' '.join(inputs)} holds no text; give .txt or .jsonl files or a folder of them"
-        )
+        raise InputError(f"--inputs {' '.join(inputs)} holds no text; give .txt or .jsonl files or a folder of them")
     return documents
 
 
@@ -101,9 +99,7 @@ def cut_windows(
         for side, n in ((order[first_training:], n_windows - n_holdout), (order[:first_training], n_holdout))
     ]
     if not len(sides[0][0]) or (holdout and not len(sides[1][0])):
-        raise InputError(
-            f"the documents are shorter than one window; lower --sequence-length {sequence_length}"
-        )
+        raise InputError(f"the documents are shorter than one window; lower --sequence-length {sequence_length}")
     tokens, items = (np.concatenate(arrays) for arrays in zip(*sides, strict=True))
     return Windows(tokens, items, [document.name for document in documents], len(sides[1][0]))
 
@@ -114,9 +110,7 @@ def _split(documents: list[Document], holdout: float, rng: np.random.Generator) 
     if not holdout:
         return order, 0
     if len(documents) < 2:
-        raise InputError(
-            "--inputs is one document, and whole documents are held out; give several, or --holdout 0"
-        )
+        raise InputError("--inputs is one document, and whole documents are held out; give several, or --holdout 0")
     share = np.cumsum([len(documents[i].text) for i in order], dtype=np.float64)
     held_out = int(np.searchsorted(share, holdout * share[-1])) + 1
     return order, min(held_out, len(documents) - 1)
@@ -150,9 +144,7 @@ def _sample(
     return np.concatenate([opened, np.concatenate(tokens)[kept]], axis=1), np.concatenate(items)[kept]
 
 
-def _encode(
-    documents: list[Document], side: np.ndarray, tokenizer: "Tokenizer"
-) -> Iterator[tuple[int, np.ndarray]]:
+def _encode(documents: list[Document], side: np.ndarray, tokenizer: "Tokenizer") -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, len(side), _ENCODED_TOGETHER):
         some = side[start : start + _ENCODED_TOGETHER]
         texts = [documents[i].text for i in some]
@@ -165,8 +157,7 @@ def _read(source: str) -> Iterator[Document]:
     path = ensure_text(source) if source in TEXTS else Path(source)
     if not path.exists():
         raise InputError(
-            f"--inputs {source} does not exist; give .txt or .jsonl files, a folder of "
-            f"them, or {', '.join(TEXTS)}"
+            f"--inputs {source} does not exist; give .txt or .jsonl files, a folder of them, or {', '.join(TEXTS)}"
         )
     if path.is_file():
         yield from _read_file(path, path.stem)
@@ -182,9 +173,7 @@ def _read_file(file: Path, name: str) -> Iterator[Document]:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
-        ) from error
+        raise InputError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from error
     if file.suffix != ".jsonl":
         yield Document(name, text)
         return

@@ -47,13 +47,11 @@ class EvaluateConfig:
             raise InputError("no workdir is given; expected the --workdir of at least one training run")
         for name, least in {"batch_size": 1, "sequences": 0, "concept_rows": 1}.items():
             if getattr(self, name) < least:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least {least}"
-                )
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least {least}")
 
 
 def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """Evaluates every run, writes ``evaluation.json``, ``concepts.json`` and ``report.html`` into it, prints a table.
+    """Evaluates runs: writes ``evaluation.json``, ``concepts.json``, ``report.html`` into each, prints a table.
 
     Returns:
       What is in ``evaluation.json`` of every run.
@@ -114,13 +112,20 @@ def evaluate_rows(
             active.append(np.asarray(counts))
             bar.update(len(x))
     assert reconstruction is not None and sparsity is not None  # there are held-out rows
-    evaluation = {"preset": run.config.preset, "step": run.step, "steps": run.config.steps, "rows": last - first}
-    evaluation |= {"loss": losses / (last - first), **sparsity.compute(), **reconstruction.compute()}
-    undefined = [name for name, value in evaluation.items() if isinstance(value, float) and not np.isfinite(value)]
+    evaluation: dict[str, Any] = {
+        "preset": run.config.preset,
+        "step": run.step,
+        "steps": run.config.steps,
+        "rows": last - first,
+        "loss": losses / (last - first),
+        **sparsity.compute(),
+        **reconstruction.compute(),
+    }
+    undefined = [n for n, value in evaluation.items() if isinstance(value, float) and not np.isfinite(value)]
     if undefined:
         raise InputError(
-            f"{', '.join(undefined)} cannot be computed on the {last - first} held-out rows of {activations.path}: they "
-            "are constant or not finite; give other --data"
+            f"{', '.join(undefined)} cannot be computed on the {last - first} held-out rows of "
+            f"{activations.path}: they are constant or not finite; give other --data"
         )
     return evaluation, _describe(run, activations, config, np.concatenate(active), sparsity)
 
@@ -240,4 +245,4 @@ def _bar(total: int, what: str, unit: str) -> tqdm:
 
 
 if __name__ == "__main__":
-    cli.run(evaluate, prog="python -m train.evaluate")
+    cli.run(evaluate, prog=f"python -m {__package__}.evaluate")

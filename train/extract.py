@@ -75,9 +75,7 @@ class ExtractConfig:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} is {getattr(self, name)}; expected at least {minimum}")
         if self.tokens < self.sequence_length:
-            raise InputError(
-                f"--tokens is {self.tokens}; expected at least one window of {self.sequence_length}"
-            )
+            raise InputError(f"--tokens is {self.tokens}; expected at least one window of {self.sequence_length}")
         if self.skip_first >= self.sequence_length:
             raise InputError(f"--skip-first is {self.skip_first}; expected less than --sequence-length")
         if not 0 <= self.holdout < 1:
@@ -182,9 +180,7 @@ def _plan(config: ExtractConfig, tokenizer: "Tokenizer", out: Path) -> Windows:
     tokenizer.save(str(out / _PROVENANCE["tokenizer"]))
     np.save(out / _PROVENANCE["tokens"], windows.tokens)
     np.save(out / _PROVENANCE["items"], windows.items)
-    write_json(
-        path, {"settings": config.settings, "documents": windows.documents, "holdout": windows.holdout}
-    )
+    write_json(path, {"settings": config.settings, "documents": windows.documents, "holdout": windows.holdout})
     return windows
 
 
@@ -227,9 +223,7 @@ def _shard_rows(rows: int, row_bytes: int) -> int:
     return max(1, min(max(rows * row_bytes // _SHARDS, least), most) // row_bytes)
 
 
-def _residuals(
-    config: ExtractConfig, model: Llama, tokens: np.ndarray, first_batch: int
-) -> Iterator[np.ndarray]:
+def _residuals(config: ExtractConfig, model: Llama, tokens: np.ndarray, first_batch: int) -> Iterator[np.ndarray]:
     """Rows [batch * rows_per_window, d] of one batch after another; the next one is computed meanwhile."""
     size = config.batch_size
     pending: tuple[jax.Array, int] | None = None

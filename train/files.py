@@ -46,6 +46,6 @@ def make_writable_folder(path: Path) -> Path:
         probe.unlink()
     except OSError as error:
         raise InputError(
-            f"cannot write to the folder {path} ({error.strerror}); choose another one or mend its permissions"
+            f"cannot write to the folder {path} ({error.strerror}); choose another or mend its permissions"
         ) from error
     return path

@@ -4,7 +4,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_sae import InputError, TrainState, eval_step, init_train_state, learning_rate_schedule
+from jax_sae import TrainState, eval_step, init_train_state, learning_rate_schedule
 from jax_sae.data import ActivationSet, load_batches, prefetch_to_device
 from jax_sae.training import Metrics
 
@@ -120,19 +120,19 @@ class _Loop:
                 self._log.advance(every_step)
                 if self._step % config.log_every == 0:
                     self._deliver(keep=config.log_every // every_step)
-                last = self._step == config.steps or stop
-                if self._step % config.checkpoint_every == 0 or last:
+                stopping = bool(stop)  # asked once: a signal after this is dealt with after the next step
+                if stopping or self._step % config.checkpoint_every == 0 or self._step == config.steps:
                     self._save(state)
-                if stop:
+                if stopping:
                     break
             self._checkpoints.wait()
-        if stop:
+        if self._step < config.steps:
             print(
                 f"stopped by {signal.Signals(stop[0]).name} at step {self._step} of {config.steps}, saved in "
                 f"{self._workdir}; run the same command again to go on"
             )
 
-    def _batches(self) -> Iterator[jax.Array]:
+    def _batches(self) -> Generator[jax.Array]:
         """Batches from the current step on, on their devices before they are needed."""
         config, group = self._config, self._config.steps_per_call
         rows = load_batches(

@@ -71,7 +71,9 @@ def _named_mesh(resolved: ResolvedConfig) -> Mesh:
     assert shape is not None  # TrainConfig makes sure of it
     devices = jax.devices()
     if min(shape) < 1 or shape[0] * shape[1] != len(devices):
-        raise InputError(f"--mesh is {shape[0]} {shape[1]}; expected two numbers with product {len(devices)}, the devices here")
+        raise InputError(
+            f"--mesh is {shape[0]} {shape[1]}; expected two numbers with product {len(devices)}, the devices here"
+        )
     _require_multiple("--batch-size", resolved.train.batch_size, shape[0], "devices of the data axis")
     _require_multiple("--n-concepts", resolved.sae.n_concepts, shape[1], "devices of the concept axis")
     return _mesh(devices, shape)

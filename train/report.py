@@ -129,9 +129,7 @@ def _evaluated_tiles(evaluation: dict[str, float]) -> list[Tile]:
     if "ce_clean" in evaluation:
         clean, spliced = evaluation["ce_clean"], evaluation["ce_sae"]
         tiles += [
-            Tile(
-                "Loss recovered", percent(evaluation["loss_recovered"], 3), "of what zero ablation destroys"
-            ),
+            Tile("Loss recovered", percent(evaluation["loss_recovered"], 3), "of what zero ablation destroys"),
             Tile("Cross-entropy", f"{clean:.3f} → {spliced:.3f}", "clean → with SAE, nats per token"),
         ]
     return tiles
@@ -147,9 +145,7 @@ def _training_tiles(metrics: Metrics) -> list[Tile]:
         tiles += [Tile(label, significant(last[name]), note) for name, label in shown if name in last]
     if metrics.training and "dead_fraction" in metrics.training[-1]:
         last = metrics.training[-1]
-        tiles.append(
-            Tile("Dead concepts", percent(last["dead_fraction"]), f"training, step {last['step']:,}")
-        )
+        tiles.append(Tile("Dead concepts", percent(last["dead_fraction"]), f"training, step {last['step']:,}"))
     return tiles
 
 
@@ -169,9 +165,7 @@ def _describe_training(config: dict[str, Any], metrics: Metrics) -> str:
         sentences.append(f"{duration(seconds)} of training at a median of {np.median(rates):,.0f} rows/s.")
     waits = [r["input_wait_fraction"] for r in metrics.training if "input_wait_fraction" in r]
     if waits:
-        sentences.append(
-            f"The median share of time spent waiting for input was {percent(float(np.median(waits)))}."
-        )
+        sentences.append(f"The median share of time spent waiting for input was {percent(float(np.median(waits)))}.")
     return " ".join(sentences)
 
 
@@ -218,9 +212,7 @@ def _curves(config: dict[str, Any], metrics: Metrics) -> list[Curve]:
         dots = [(r["step"], r[f"val_{name}"]) for r in metrics.validation if f"val_{name}" in r]
         if not line:
             continue
-        chart = line_chart(
-            line, dots, x_max=x_max, show=show, labels=quantity.labels, log_allowed=quantity.log_allowed
-        )
+        chart = line_chart(line, dots, x_max=x_max, show=show, labels=quantity.labels, log_allowed=quantity.log_allowed)
         latest, validated = show(line[-1][1]), show(dots[-1][1]) if dots else ""
         label = f"{title}: {show(line[0][1])} at step {line[0][0]:,}, {latest} at step {line[-1][0]:,}"
         if dots:
@@ -311,4 +303,4 @@ def main(workdir: tyro.conf.Positional[Path]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, prog="python -m train.report")
+    cli.run(main, prog=f"python -m {__package__}.report")

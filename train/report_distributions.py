@@ -109,11 +109,7 @@ def describe_active(histogram: Histogram) -> str:
         )
     about = "" if s.exact else "about "
     ratio = f", a factor of {significant(s.high / s.low, 2)}" if s.low else ""
-    ends = (
-        f"all of them use between {s.least:,} and {s.most:,}"
-        if s.exact
-        else f"none uses more than {s.most:,}"
-    )
+    ends = f"all of them use between {s.least:,} and {s.most:,}" if s.exact else f"none uses more than {s.most:,}"
     return (
         f"The median of the {inputs} uses {about}{plural(s.median, 'concept')}. From the 5th to the 95th "
         f"percentile the number runs from {about}{s.low:,} to {about}{s.high:,}{ratio}; {ends}."
@@ -126,12 +122,10 @@ def describe_selection(sae: dict[str, Any]) -> str:
     return {
         "sparsemax": "Sparsemax has no k and no sparsity penalty: the scores of each input decide how many "
         "concepts stay active.",
-        "topk": f"TopK keeps the k = {k} largest scores of every input: the number is a setting, "
-        "not a finding.",
+        "topk": f"TopK keeps the k = {k} largest scores of every input: the number is a setting, not a finding.",
         "batch_topk": f"BatchTopK fixes the number only on average over a training batch, at k = {k}; "
         "single inputs may use more or fewer.",
-        "relu": "ReLU keeps every concept with a positive score: the number follows from the weight of the "
-        "L1 penalty.",
+        "relu": "ReLU keeps every concept with a positive score: the number follows from the weight of the L1 penalty.",
     }.get(str(sae.get("activation")), "")
 
 
@@ -200,11 +194,7 @@ def describe_frequencies(concepts: Concepts) -> str:
     on_rows = f"the {plural(concepts.rows, 'held-out input')}"
     total = plural(concepts.n_concepts, "concept")
     share = f" ({percent(never / concepts.n_concepts)})" if never and concepts.n_concepts else ""
-    silent = (
-        f"{never:,} of {total}{share} never {'fires' if never == 1 else 'fire'}"
-        if never
-        else f"All {total} fire"
-    )
+    silent = f"{never:,} of {total}{share} never {'fires' if never == 1 else 'fire'}" if never else f"All {total} fire"
     sentences = [f"{silent} on {on_rows}." if never else f"{silent} at least once on {on_rows}."]
     if histogram.total:
         rest = "the others" if never else "them"

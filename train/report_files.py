@@ -164,8 +164,7 @@ def read_metrics(workdir: Path) -> Metrics:
         except ValueError as error:
             if number < len(lines):
                 raise InputError(
-                    f"{path} line {number} is not a record of a training run ({error}); "
-                    "restore or remove the line"
+                    f"{path} line {number} is not a record of a training run ({error}); restore or remove the line"
                 ) from error
             torn = True
     records.sort(key=lambda record: record["step"])
@@ -254,8 +253,7 @@ def _concepts(fields: dict[str, Any]) -> Concepts:
 
 def _concept(fields: dict[str, Any], where: str) -> Concept:
     strengths = {
-        name: _finite(fields[name], f"{where}.{name}")
-        for name in ("frequency", "mean_activation", "max_activation")
+        name: _finite(fields[name], f"{where}.{name}") for name in ("frequency", "mean_activation", "max_activation")
     }
     contexts = _contexts(fields["contexts"], f"{where}.contexts")
     return Concept(id=_count(fields["id"], f"{where}.id"), contexts=contexts, **strengths)

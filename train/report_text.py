@@ -73,9 +73,7 @@ def axis_labels(values: Sequence[float]) -> list[str]:
       (['0', '0.2', '0.4'], ['0', '500', '1,000'], ['0', '50k', '100k'])
     """
     largest = max(map(abs, values), default=0)
-    size, letter = next(
-        ((s, x) for s, x in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= 20 * s), (1, "")
-    )
+    size, letter = next(((s, x) for s, x in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= 20 * s), (1, ""))
     return [f"{value / size:,.10g}{letter if value else ''}" for value in values]
 
 

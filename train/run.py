@@ -100,7 +100,9 @@ def read_config(path: Path) -> ResolvedConfig:
     try:
         return ResolvedConfig.from_json(fields)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not the configuration of a run ({error}); restore it or use a new workdir") from error
+        raise InputError(
+            f"{path} is not the configuration of a run ({error}); restore it or use a new workdir"
+        ) from error
 
 
 def refuse_other_run(workdir: Path, resolved: ResolvedConfig) -> None:
@@ -138,9 +140,7 @@ def verify(activations: ActivationSet) -> None:
         activations.verify(bar.update)
 
 
-def survey(
-    activations: ActivationSet, workdir: Path, *, drop_non_finite: bool
-) -> tuple[ActivationSet, Statistics]:
+def survey(activations: ActivationSet, workdir: Path, *, drop_non_finite: bool) -> tuple[ActivationSet, Statistics]:
     """The statistics of the training rows, and the set without its non-finite rows.
 
     A set of our own format carries its statistics. Any other is read once; what was found is kept in

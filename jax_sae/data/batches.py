@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -41,9 +41,7 @@ class BatchSource:
         process_count: int = 1,
     ):
         if order.batch_size % process_count:
-            raise InputError(
-                f"batch_size is {order.batch_size}; expected a multiple of the {process_count} processes"
-            )
+            raise InputError(f"batch_size is {order.batch_size}; expected a multiple of the {process_count} processes")
         self._activations, self._order, self._batches = activations, order, batches
         self._first_row = first_row
         self._share = order.batch_size // process_count
@@ -92,7 +90,9 @@ class BatchSource:
             most = self._order.block_rows * self._order.window_blocks
             return np.empty((most, self._activations.d), self._activations.dtype)[:rows]
         oldest, _ = self._windows.pop(min(self._windows))
-        return oldest.base[:rows]
+        whole = oldest.base
+        assert isinstance(whole, np.ndarray)  # it was cut from one, above
+        return whole[:rows]
 
 
 def load_batches(
@@ -143,7 +143,7 @@ def load_batches(
 
 def prefetch_to_device(
     batches: Iterator[np.ndarray], *, sharding: jax.sharding.Sharding | None = None, size: int = 2
-) -> Iterator[jax.Array]:
+) -> Generator[jax.Array]:
     """Moves batches to the devices in a thread of its own, ``size`` of them ahead of the consumer.
 
     Args:

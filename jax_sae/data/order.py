@@ -89,7 +89,7 @@ class BatchOrder:
         """Position in the stream of the first row of a window."""
         return epoch * self.rows + int(self._window_starts(epoch)[window])
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019: two epochs, of an object that lives as long as a run
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - an object lives as long as a run
     def _blocks(self, epoch: int) -> np.ndarray:
         """Blocks in the order of an epoch."""
         return self._generator(epoch, 0).permutation(-(-self.rows // self.block_rows))

@@ -52,21 +52,22 @@ class NpyShard:
             expected = ", ".join(DTYPES) if dtype is None else dtype.name
             raise InputError(f"{path} has dtype {array.dtype}, expected {expected}; convert it")
         if array.ndim not in (2, 3) or array.shape[-1] == 0:
-            raise InputError(
-                f"{path} has shape {array.shape}, expected [rows, d] or [items, tokens, d]; reshape it"
-            )
+            raise InputError(f"{path} has shape {array.shape}, expected [rows, d] or [items, tokens, d]; reshape it")
         self.tokens_per_item = array.shape[1] if array.ndim == 3 else None
         self._rows = array.reshape(-1, array.shape[-1])
         self.rows, self.d = self._rows.shape
         self.dtype = array.dtype
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop``, [stop - start, d]."""
         return np.array(self._rows[start:stop])
 
     def take(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Puts the rows at ascending ``indices`` into ``out [n, d]``."""
         np.take(self._rows, indices, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
 
     def fingerprint(self) -> bytes:
+        """Both ends of the file."""
         with self.path.open("rb") as file:
             first = file.read(_FINGERPRINT_BYTES)
             file.seek(max(0, self.path.stat().st_size - _FINGERPRINT_BYTES))
@@ -96,17 +97,20 @@ class RecordShard:
         self.rows = len(source) * self._per_record
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop``, [stop - start, d]."""
         rows = np.empty((stop - start, self.d), self.dtype)
         self.take(np.arange(start, stop), rows)
         return rows
 
     def take(self, indices: np.ndarray, out: np.ndarray) -> None:
+        """Puts the rows at ascending ``indices`` into ``out [n, d]``."""
         records, places = np.unique(indices // self._per_record, return_inverse=True)
         loaded = self._source.__getitems__([int(record) for record in records])
         rows = np.stack([record[self._feature] for record in loaded]).reshape(len(records), -1, self.d)
         out[...] = rows[places, indices % self._per_record]
 
     def fingerprint(self) -> bytes:
+        """The shape, the first and the last row."""
         ends = self.read(0, 1).tobytes() + self.read(self.rows - 1, self.rows).tobytes()
         return repr((self.rows, self.d)).encode() + ends
 
@@ -142,6 +146,7 @@ class ActivationSet:
 
     @property
     def rows(self) -> int:
+        """Rows in all, without removed ones."""
         return int(self._ends[-1]) - len(self._removed)
 
     @property
@@ -232,7 +237,7 @@ class ActivationSet:
                         progress(len(block))
             if checksum != entry.crc32:
                 raise InputError(
-                    f"{path} has checksum {checksum:08x}, expected {entry.crc32:08x}; it is damaged, write the set again"
+                    f"{path} has checksum {checksum:08x}, expected {entry.crc32:08x}; damaged, write the set again"
                 )
 
 
@@ -305,11 +310,13 @@ def _record_shard(path: Path) -> RecordShard:
     features = builder.info.features
     tensors = {n: f for n, f in features.items() if type(f) is tfds.features.Tensor and len(f.shape) in (1, 2)}
     if len(tensors) != 1:
-        raise InputError(f"{path} has features {', '.join(features)}; expected one Tensor feature of shape [d] or [tokens, d]")
+        raise InputError(
+            f"{path} has features {', '.join(features)}; expected one Tensor feature of shape [d] or [tokens, d]"
+        )
     ((name, feature),) = tensors.items()
     if None in feature.shape or np.dtype(feature.np_dtype).name not in DTYPES:
         raise InputError(
-            f"{path}: feature {name} is {feature.np_dtype} {feature.shape}, expected a fixed shape of {', '.join(DTYPES)}"
+            f"{path}: feature {name} is {feature.np_dtype} {feature.shape}, expected one shape of {', '.join(DTYPES)}"
         )
     split = next(iter(builder.info.splits))
     source = builder.as_data_source(split=split)

@@ -64,9 +64,7 @@ class ActivationWriter:
         if (self._path / METADATA).exists():
             raise InputError(f"{self._path} holds a finished activation set; choose another folder or remove it")
         self._path.mkdir(parents=True, exist_ok=True)
-        self._metadata = Metadata(
-            d, self._dtype.name, (), tokens_per_item=tokens_per_item, source=dict(source or {})
-        )
+        self._metadata = Metadata(d, self._dtype.name, (), tokens_per_item=tokens_per_item, source=dict(source or {}))
         self._settings = {
             "d": d,
             "dtype": self._dtype.name,
@@ -100,7 +98,7 @@ class ActivationWriter:
             raise InputError(f"{path} is damaged ({error}); remove the folder and start again") from error
         if differing:
             raise InputError(
-                f"{self._path} holds an unfinished set with another {', '.join(differing)}; choose another folder or remove it"
+                f"{self._path} holds an unfinished set with another {', '.join(differing)}; choose another folder"
             )
         for entry in shards:
             if NpyShard(self._path / entry.name, self._dtype).rows != entry.rows:
@@ -201,7 +199,7 @@ class ActivationWriter:
             reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
             raise OSError(
                 error.errno,
-                f"cannot write {self._path / name} ({reason}); what was written before is whole, make room and run again",
+                f"cannot write {self._path / name} ({reason}); what was written before is whole, run again",
             ) from error
         return checksum
 

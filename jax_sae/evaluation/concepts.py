@@ -185,6 +185,10 @@ def describe_concepts(
       progress: called with 1 for every concept.
     """
     contexts, encode = Contexts(activations), _padded_encoder(model, stats)
+
+    def of_concept(concept: int, x: np.ndarray) -> np.ndarray:
+        return encode(x)[:, concept]
+
     described = []
     for concept in choose_concepts(firing, rows, np.asarray(model.decoder_norms()), count):
         peaks = firing.rows[concept][np.isfinite(firing.peaks[concept])]
@@ -194,9 +198,7 @@ def describe_concepts(
                 "frequency": float(firing.count[concept] / rows),
                 "mean_activation": float(firing.total[concept] / firing.count[concept]),
                 "max_activation": float(firing.peaks[concept][0]),
-                "contexts": [
-                    contexts.around(int(row), lambda x, c=int(concept): encode(x)[:, c]) for row in peaks  # type: ignore[misc]
-                ],
+                "contexts": [contexts.around(int(row), partial(of_concept, concept)) for row in peaks],
             }
         )
         if progress is not None:
@@ -229,7 +231,7 @@ def extreme_inputs(active: np.ndarray, group: int, count: int) -> tuple[np.ndarr
 
 
 def active_histogram(active: np.ndarray) -> dict[str, list[int]]:
-    """How many of the inputs ``active [rows]`` need each number of concepts; bin i is ``edges[i] <= n < edges[i + 1]``."""
+    """How many of the inputs ``active [rows]`` need each number of concepts; bins are half-open."""
     counts = np.bincount(active)
     return {"edges": list(range(len(counts) + 1)), "counts": counts.tolist()}
 

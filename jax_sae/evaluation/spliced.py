@@ -111,9 +111,7 @@ def spliced_metrics(sums: SplicedSums) -> dict[str, float]:
     ``loss_recovered_mean`` has the mean ablation in the place of the zero ablation.
     """
     n = float(sums.predictions)
-    clean, sae, mean, zero = (
-        float(s) / n for s in (sums.clean, sums.sae, sums.mean_ablated, sums.zero_ablated)
-    )
+    clean, sae, mean, zero = (float(s) / n for s in (sums.clean, sums.sae, sums.mean_ablated, sums.zero_ablated))
     return {
         "ce_clean": clean,
         "ce_sae": sae,

@@ -152,7 +152,10 @@ def test_auxk_is_zero_while_nothing_is_dead():
 
 def dl_parameters(g, encoder, decoder, b_dec):
     return dict(
-        W_enc=g[f"param_{encoder}"].T, b_enc=g["param_encoder_bias"], W_dec=g[f"param_{decoder}"].T, b_dec=g[b_dec]
+        W_enc=g[f"param_{encoder}"].T,
+        b_enc=g["param_encoder_bias"],
+        W_dec=g[f"param_{decoder}"].T,
+        b_dec=g[b_dec],
     )
 
 
@@ -161,12 +164,21 @@ def dl_parameters(g, encoder, decoder, b_dec):
 def test_the_topk_family_equals_dictionary_learning(name, case):
     g = golden(f"dl_{name.replace('_', '')}")
     config = SAEConfig.preset(
-        name, 16, 64, k=6, normalize_input="none", unit_norm_decoder=False, aux_k=8, dead_after_rows=10_000_000
+        name,
+        16,
+        64,
+        k=6,
+        normalize_input="none",
+        unit_norm_decoder=False,
+        aux_k=8,
+        dead_after_rows=10_000_000,
     )
-    model = with_parameters(
-        config, **dl_parameters(g, "encoder_weight", "decoder_weight", "param_b_dec")
+    model = with_parameters(config, **dl_parameters(g, "encoder_weight", "decoder_weight", "param_b_dec"))
+    silent = np.where(
+        g["num_tokens_since_fired_after" if not case else f"{case}num_tokens_since_fired_after"] >= 0,
+        g[f"{case}num_tokens_since_fired_after"],
+        0,
     )
-    silent = np.where(g["num_tokens_since_fired_after" if not case else f"{case}num_tokens_since_fired_after"] >= 0, g[f"{case}num_tokens_since_fired_after"], 0)
     stats = dataclasses.replace(init_stats(config), rows_since_fired=jnp.asarray(silent, jnp.int32))
     x = jnp.asarray(g["x"])
     (loss, (out, terms)), grads = jax.value_and_grad(sae_loss, has_aux=True)(model, stats, x, 0)

@@ -28,7 +28,7 @@ def make(name, **overrides):
     statistics = DataStatistics(mean, mean + 0.1, mean_norm=7.0, raw_mean_norm=9.0)
     config = SAEConfig.preset(name, D, M, **overrides)
     model = SparseAutoencoder(config, rngs=nnx.Rngs(1), statistics=statistics)
-    for path, leaf in nnx.iter_graph(model):
+    for _, leaf in nnx.iter_graph(model):
         if isinstance(leaf, nnx.Param):
             leaf[...] = leaf[...] + 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
     x = (mean + 2 * rng.normal(size=(B, D))).astype(np.float32)

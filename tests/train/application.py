@@ -9,7 +9,18 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
-FLAGS = ["--steps", "40", "--batch-size", "32", "--n-concepts", "64", "--checkpoint-every", "10", "--log-every", "5"]
+FLAGS = [
+    "--steps",
+    "40",
+    "--batch-size",
+    "32",
+    "--n-concepts",
+    "64",
+    "--checkpoint-every",
+    "10",
+    "--log-every",
+    "5",
+]
 
 
 def make_rows(rows=1200, d=16, seed=0):

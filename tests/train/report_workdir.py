@@ -36,9 +36,7 @@ def context(tokens, values, peak, **changes):
 
 
 def concept(number, **changes):
-    contexts = [
-        context([" the", " peace", " of", "\n"], [0.0, 4.0, 1.0, 0.0], 1, row=row) for row in range(5)
-    ]
+    contexts = [context([" the", " peace", " of", "\n"], [0.0, 4.0, 1.0, 0.0], 1, row=row) for row in range(5)]
     strengths = {"frequency": 0.0042, "mean_activation": 1.5, "max_activation": 4.0}
     return {"id": number, "contexts": contexts, **strengths} | changes
 

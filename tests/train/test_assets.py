@@ -88,9 +88,7 @@ def test_listing_is_that_of_sha256sum(tmp_path):
         (tmp_path / name).write_text(name)
     command = "sha256sum *.txt | sha256sum"
     environment = os.environ | {"LC_ALL": "C"}
-    printed = subprocess.run(
-        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    printed = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert content_sha256(list(tmp_path.iterdir())) == printed.stdout.split()[0]
 
 

@@ -79,9 +79,7 @@ def test_only_as_many_documents_as_needed_are_encoded(documents, tokenizer):
 
     counting = Counting()
     cut(documents, counting, n_windows=1, holdout=0)
-    assert (
-        counting.encoded == 16
-    )  # of 40: they are encoded 16 together, and 3 have the 8 windows to draw from
+    assert counting.encoded == 16  # of 40: they are encoded 16 together, and 3 have the 8 windows to draw from
 
 
 def test_every_window_opens_with_what_the_tokenizer_wants(documents, tokenizer):
@@ -119,9 +117,7 @@ def test_inputs_of_every_kind(tmp_path):
     (tmp_path / "folder" / "ignored.md").write_text("c")
     lines = [{"text": "one\u2028line", "id": 7}, {"text": "two"}]
     (tmp_path / "lines.jsonl").write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
-    documents = read_documents(
-        [str(tmp_path / "folder"), str(tmp_path / "lines.jsonl"), str(folder / "b.txt")]
-    )
+    documents = read_documents([str(tmp_path / "folder"), str(tmp_path / "lines.jsonl"), str(folder / "b.txt")])
     assert [(document.name, document.text) for document in documents] == [
         ("a", "a"),
         ("deep/b", "bé"),

@@ -193,9 +193,7 @@ def test_a_complete_set_is_left_alone(config, capsys):
 
 def test_other_settings_are_refused(config):
     extract(config)
-    with pytest.raises(
-        InputError, match=r"of other settings \(layer: 2 -> 1; seed: 0 -> 4\); use another --out"
-    ):
+    with pytest.raises(InputError, match=r"of other settings \(layer: 2 -> 1; seed: 0 -> 4\); use another --out"):
         extract(changed(config, layer=1, seed=4))
 
 
@@ -219,9 +217,7 @@ def test_a_set_made_elsewhere_is_refused(config):
 def test_a_folder_in_use_is_left_alone(config):
     config.out.mkdir()
     (config.out / "thesis.tex").touch()
-    with pytest.raises(
-        InputError, match=r"holds other files \(thesis\.tex\); give --out an empty or a new folder"
-    ):
+    with pytest.raises(InputError, match=r"holds other files \(thesis\.tex\); give --out an empty or a new folder"):
         extract(config)
     assert [file.name for file in config.out.iterdir()] == ["thesis.tex"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tests.train.application import FLAGS, call, command, environment, make_rows, records
 
 from jax_sae import InputError
+from tests.train.application import FLAGS, call, command, environment, make_rows, records
 from train.checkpoint import Checkpoints
 from train.cli import RunFailed
 from train.config import TrainConfig
@@ -84,9 +84,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("dies_at", [3, 10, 27])
-def test_a_run_that_died_and_resumed_ends_bit_for_bit_the_same(
-    whole_run, rows_file, tmp_path, monkeypatch, dies_at
-):
+def test_a_run_that_died_and_resumed_ends_bit_for_bit_the_same(whole_run, rows_file, tmp_path, monkeypatch, dies_at):
     from train import loop
 
     advance = loop.RunLog.advance
@@ -132,7 +130,17 @@ def test_sigkill_at_random_moments_changes_nothing(rows_file, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_says_so_and_exits_cleanly(rows_file, tmp_path, number):
-    flags = [*FLAGS, "--data", rows_file, "--steps", "100000", "--checkpoint-every", "50000", "--workdir", tmp_path]
+    flags = [
+        *FLAGS,
+        "--data",
+        rows_file,
+        "--steps",
+        "100000",
+        "--checkpoint-every",
+        "50000",
+        "--workdir",
+        tmp_path,
+    ]
     process = subprocess.Popen(
         command("train", *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -276,9 +276,7 @@ def test_long_runs_are_averaged_and_say_so(tmp_path):
 
 def test_vision_and_plain_sets_have_no_language_model_loss(tmp_path):
     evaluation = {
-        name: v
-        for name, v in EVALUATION.items()
-        if "ce_" not in name and not name.startswith("loss_recovered")
+        name: v for name, v in EVALUATION.items() if "ce_" not in name and not name.startswith("loss_recovered")
     }
     page = Page(render(write_workdir(tmp_path, evaluation=evaluation)))
     assert not page.all("section", id="loss")
@@ -299,9 +297,7 @@ def test_a_fixed_number_of_active_concepts_is_called_a_setting(tmp_path):
     workdir = write_workdir(tmp_path, config=config, concepts=concepts(active_histogram=histogram))
     text = Page(render(workdir)).text("section", id="active")
     assert "Each of the 1,000 held-out inputs uses exactly 32 concepts." in text
-    assert (
-        "TopK keeps the k = 32 largest scores of every input: the number is a setting, not a finding." in text
-    )
+    assert "TopK keeps the k = 32 largest scores of every input: the number is a setting, not a finding." in text
     assert "Inputs that use" not in text
 
 
@@ -312,12 +308,8 @@ def test_the_same_files_give_the_same_page(tmp_path):
 
 
 def test_a_page_of_many_contexts_stays_small(tmp_path):
-    contexts = [
-        context([f" token{i}" for i in range(40)], [1.0 + i for i in range(40)], 39) for _ in range(8)
-    ]
-    workdir = write_workdir(
-        tmp_path, concepts=concepts(concepts=[concept(i, contexts=contexts) for i in range(48)])
-    )
+    contexts = [context([f" token{i}" for i in range(40)], [1.0 + i for i in range(40)], 39) for _ in range(8)]
+    workdir = write_workdir(tmp_path, concepts=concepts(concepts=[concept(i, contexts=contexts) for i in range(48)]))
     assert render(workdir).stat().st_size < 3e6
 
 
@@ -348,9 +340,7 @@ def test_a_page_that_cannot_be_moved_into_place_leaves_the_old_one(tmp_path, mon
     assert (workdir / "report.html").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("")]
-)
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("")])
 def test_what_is_no_run_ends_with_one_line_and_code_2(tmp_path, capsys, make):
     make(tmp_path / "run")
     with pytest.raises(SystemExit) as caught:

@@ -51,10 +51,7 @@ def test_a_varying_number_is_described_by_its_range():
 
 
 def test_a_fixed_number_is_described_as_fixed():
-    assert (
-        describe_active(histogram_of([32] * 500))
-        == "Each of the 500 held-out inputs uses exactly 32 concepts."
-    )
+    assert describe_active(histogram_of([32] * 500)) == "Each of the 500 held-out inputs uses exactly 32 concepts."
     assert describe_active(histogram_of([1])) == "The one held-out input uses exactly 1 concept."
 
 
@@ -100,9 +97,7 @@ def test_bars_stand_over_their_numbers_and_show_their_counts():
     ticks = {tick.label: tick.at for tick in chart.x_ticks}
     assert centres == pytest.approx([ticks[number] for number in ("3", "4", "5", "12")])
     at_60 = next(100 - tick.at for tick in chart.y_ticks if tick.label == "60")
-    assert [bar.height for bar in chart.bars] == pytest.approx(
-        [at_60 * count / 60 for count in (6, 24, 60, 10)]
-    )
+    assert [bar.height for bar in chart.bars] == pytest.approx([at_60 * count / 60 for count in (6, 24, 60, 10)])
     assert chart.bars[2].label == "5 active: 60 inputs (60\xa0%)"
     assert chart.marks[0].at == pytest.approx(centres[2])
 
@@ -116,9 +111,7 @@ def test_the_tails_are_quiet():
 
 def test_a_long_tail_is_counted_not_drawn():
     drawing = draw_active(histogram_of([10] * 500 + [12] * 499 + [400]))
-    assert drawing.note.endswith(
-        "Not drawn: 1 input (0.10\xa0%) with more than 12 active concepts, up to 400."
-    )
+    assert drawing.note.endswith("Not drawn: 1 input (0.10\xa0%) with more than 12 active concepts, up to 400.")
     assert len(drawing.chart.bars) == 2
     whole = draw_active(histogram_of([10] * 500 + [12] * 480 + [13] * 20))
     assert "Not drawn" not in whole.note
@@ -144,9 +137,7 @@ def test_frequencies_are_described_by_silent_common_and_median_concepts():
 
 def test_no_silent_concept_and_no_edge_at_a_tenth():
     text = describe_frequencies(concepts_of(np.full(7, 0.03), 7, [-2.0, -1.3, 0.0]))
-    assert text.startswith(
-        "All 7 concepts fire at least once on the 5,000 held-out inputs. Half of them fire on"
-    )
+    assert text.startswith("All 7 concepts fire at least once on the 5,000 held-out inputs. Half of them fire on")
     assert "tenth" not in text
 
 
@@ -161,8 +152,5 @@ def test_silent_concepts_stand_apart():
 
 def test_all_concepts_silent():
     concepts = concepts_of(np.array([]), 10, [-2.0, -1.0, 0.0])
-    assert (
-        describe_frequencies(concepts)
-        == "10 of 10 concepts (100\xa0%) never fire on the 5,000 held-out inputs."
-    )
+    assert describe_frequencies(concepts) == "10 of 10 concepts (100\xa0%) never fire on the 5,000 held-out inputs."
     assert [bar.label for bar in draw_frequencies(concepts).chart.bars] == ["on no input: 10 concepts"]

@@ -25,9 +25,7 @@ def test_metrics_are_split_into_training_and_validation_by_step(tmp_path):
     assert not metrics.torn
 
 
-@pytest.mark.parametrize(
-    "torn", ['{"step": 120, "loss": 0.', '{"step": 120', "{", '{"step": 120, "source": "\xc3']
-)
+@pytest.mark.parametrize("torn", ['{"step": 120, "loss": 0.', '{"step": 120', "{", '{"step": 120, "source": "\xc3'])
 def test_only_an_unfinished_last_line_is_ignored(tmp_path, torn):
     workdir = write_workdir(tmp_path)
     path = workdir / "metrics.jsonl"
@@ -46,9 +44,7 @@ def test_a_whole_last_line_without_its_line_feed_counts(tmp_path):
     assert len(metrics.validation) == 1
 
 
-@pytest.mark.parametrize(
-    "line", ["", "[]", "{}", '{"step": -1}', '{"step": true}', '{"step": 1, "loss": "a"}', "x"]
-)
+@pytest.mark.parametrize("line", ["", "[]", "{}", '{"step": -1}', '{"step": true}', '{"step": 1, "loss": "a"}', "x"])
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path, line):
     text = f"{line}\n{jsonl(records())}"
     with pytest.raises(InputError, match=r"metrics\.jsonl line 1 "):
@@ -76,9 +72,7 @@ def test_a_configuration_of_something_else_is_refused(tmp_path, missing):
 def test_an_evaluation_lacking_a_number_is_refused(tmp_path, changes):
     (name,) = changes
     workdir = write_workdir(tmp_path, evaluation=json.dumps(EVALUATION | changes))
-    with pytest.raises(
-        InputError, match=rf"evaluation\.json is damaged \({name} is .*run python -m train.evaluate"
-    ):
+    with pytest.raises(InputError, match=rf"evaluation\.json is damaged \({name} is .*run python -m train.evaluate"):
         read_evaluation(workdir)
 
 
@@ -114,9 +108,7 @@ def histogram(edges, counts):
 )
 def test_damaged_concepts_are_refused_with_the_place(tmp_path, changes, message):
     workdir = write_workdir(tmp_path, concepts=json.dumps(concepts(**changes)))
-    with pytest.raises(
-        InputError, match=rf"concepts\.json is damaged \(.*{message}.*run python -m train.evaluate"
-    ):
+    with pytest.raises(InputError, match=rf"concepts\.json is damaged \(.*{message}.*run python -m train.evaluate"):
         read_concepts(workdir)
 
 

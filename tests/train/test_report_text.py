@@ -36,9 +36,7 @@ def test_blank_tokens_are_marked_and_quiet_where_silent():
     assert shown == [Piece("x"), Piece("⏎·", blank=True), Piece("y"), Piece("⏎", 1.0, "1.00", peak=True)]
 
 
-@pytest.mark.parametrize(
-    "token", ["", " ", "\t", "\n", "\r\n", "\u200b", "\ufeff", "\u202e", "\x00", "\xa0", "\ud800"]
-)
+@pytest.mark.parametrize("token", ["", " ", "\t", "\n", "\r\n", "\u200b", "\ufeff", "\u202e", "\x00", "\xa0", "\ud800"])
 def test_no_token_is_invisible(token):
     shown = safe_document(visible(token))
     assert shown.strip()

@@ -55,9 +55,7 @@ class LlamaConfig:
         """
         for key, expected in _HUGGINGFACE_FIXED.items():
             if config.get(key, expected) != expected:
-                raise InputError(
-                    f"config.json has {key} = {config[key]!r}, expected {expected!r}; give a Llama"
-                )
+                raise InputError(f"config.json has {key} = {config[key]!r}, expected {expected!r}; give a Llama")
         if "model_type" not in config:
             raise InputError("config.json has no model_type, expected 'llama'; give the folder of a Llama")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

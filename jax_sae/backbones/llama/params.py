@@ -74,9 +74,7 @@ def load_gguf(path: str | Path, *, layers: int | None = None, dtype: jnp.dtype |
     return _build(config, read_block, read_top, layers, dtype, path)
 
 
-def load_huggingface(
-    folder: str | Path, *, layers: int | None = None, dtype: jnp.dtype | None = None
-) -> Llama:
+def load_huggingface(folder: str | Path, *, layers: int | None = None, dtype: jnp.dtype | None = None) -> Llama:
     """Reads a Llama from ``config.json`` and ``model.safetensors``, whole or in shards with an index.
 
     See :func:`load_llama`.

@@ -51,8 +51,7 @@ def _from_gguf(path: Path) -> "Tokenizer":
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise InputError(
-            f"{path} has a {kind!r} tokenizer, expected byte-level BPE ('gpt2'); "
-            "give a folder with tokenizer.json"
+            f"{path} has a {kind!r} tokenizer, expected byte-level BPE ('gpt2'); give a folder with tokenizer.json"
         )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
@@ -79,8 +78,7 @@ def _pre_tokenizer(name: str | None, path: Path) -> Any:
         spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         return pre_tokenizers.Sequence([words, spelled])
     raise InputError(
-        f"{path} has pre-tokenization {name!r}, expected smollm or llama-bpe; "
-        "give a folder with tokenizer.json"
+        f"{path} has pre-tokenization {name!r}, expected smollm or llama-bpe; give a folder with tokenizer.json"
     )
 
 

@@ -137,7 +137,7 @@ def _sparsemax_jvp(
 
 
 def _project(p: jax.Array, vector: jax.Array, axis_name: str | None) -> jax.Array:
-    """s * (v - mean of v over the support): the symmetric Jacobian at p applied to v; NaN rows stay NaN."""
+    """S * (v - mean of v over the support): the symmetric Jacobian at p applied to v; NaN rows stay NaN."""
     support = p > 0
     count = jnp.sum(support, axis=-1, keepdims=True, dtype=p.dtype)
     total = jnp.sum(jnp.where(support, vector, 0), axis=-1, keepdims=True)
@@ -148,9 +148,7 @@ def _project(p: jax.Array, vector: jax.Array, axis_name: str | None) -> jax.Arra
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _threshold(
-    z: jax.Array, axis_name: str | None, implementation: str | None
-) -> tuple[jax.Array, jax.Array]:
+def _threshold(z: jax.Array, axis_name: str | None, implementation: str | None) -> tuple[jax.Array, jax.Array]:
     top, tau, count = resolve(implementation, _IMPLEMENTATIONS, default="xla")(z, axis_name)
     return top + tau, jnp.where(jnp.isnan(tau), 0, count)
 

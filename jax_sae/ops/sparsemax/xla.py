@@ -57,9 +57,7 @@ def newton_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
         start = jnp.maximum(below - 8 * jnp.finfo(z.dtype).eps, -1)
         return _newton(partial(sweep, z, anchor), start, axis_name)
 
-    tau, count = lax.platform_dependent(
-        cpu=lambda: solve(_chunked_sums), default=lambda: solve(_plain_sums)
-    )
+    tau, count = lax.platform_dependent(cpu=lambda: solve(_chunked_sums), default=lambda: solve(_plain_sums))
     return top, _nan_where_undefined(tau, z, top, axis_name), count.astype(jnp.int32)
 
 
@@ -85,7 +83,7 @@ def _newton(sums: Callable[[jax.Array], Sums], start: jax.Array, axis_name: str 
 
 
 def _plain_sums(z: jax.Array, anchor: jax.Array, tau: jax.Array) -> Sums:
-    """sum max(z - anchor - tau, 0) and the number of positive terms, each [B, 1], as two reductions."""
+    """Sum max(z - anchor - tau, 0) and the number of positive terms, each [B, 1], as two reductions."""
     above = (z - anchor) - tau
     total = jnp.sum(jnp.maximum(above, 0), axis=-1, keepdims=True)
     return total, jnp.sum(above > 0, axis=-1, keepdims=True, dtype=z.dtype)
@@ -123,9 +121,7 @@ def _group_maxima(z: jax.Array) -> jax.Array:
     return maxima
 
 
-def _nan_where_undefined(
-    tau: jax.Array, z: jax.Array, top: jax.Array, axis_name: str | None
-) -> jax.Array:
+def _nan_where_undefined(tau: jax.Array, z: jax.Array, top: jax.Array, axis_name: str | None) -> jax.Array:
     """NaN for rows without a threshold. ``max`` may drop NaN on CPU, so NaN is looked for in the row."""
     nan = jnp.any(jnp.isnan(z), axis=-1, keepdims=True)
     if axis_name is not None:

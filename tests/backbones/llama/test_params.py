@@ -28,9 +28,7 @@ def rope_freqs(golden) -> dict:
         elif wavelength > low_wavelength:
             factors.append(rope["factor"])
         else:
-            smooth = (32 / wavelength - rope["low_freq_factor"]) / (
-                rope["high_freq_factor"] - rope["low_freq_factor"]
-            )
+            smooth = (32 / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
             factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return {"rope_freqs": np.array(factors, np.float32)}
 
