@@ -75,7 +75,7 @@ class ActivationWriter:
         }
         self._shard_rows, self._drop = shard_rows, drop_non_finite
         self._shards: list[ShardEntry] = []
-        self._waiting: list[np.ndarray] = []
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []  # rows, and which of the rows received they are
         self.rows = self.dropped_rows = 0
         self._resume()
 
@@ -93,7 +93,7 @@ class ActivationWriter:
             journal = json.loads(path.read_text(encoding="utf-8"))
             differing = [name for name in self._settings if journal["settings"][name] != self._settings[name]]
             shards = [ShardEntry(**entry) for entry in journal["shards"]]
-            dropped = int(journal["dropped_rows"])
+            received = int(journal["received"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error}); remove the folder and start again") from error
         if differing:
@@ -101,10 +101,11 @@ class ActivationWriter:
                 f"{self._path} holds an unfinished set with another {', '.join(differing)}; choose another folder"
             )
         for entry in shards:
-            if NpyShard(self._path / entry.name, self._dtype).rows != entry.rows:
-                raise InputError(f"{self._path / entry.name} is not whole; remove the folder and start again")
-        self._shards, self.dropped_rows = shards, dropped
-        self.rows = sum(entry.rows for entry in shards)
+            file = self._path / entry.name
+            if not file.is_file() or NpyShard(file, self._dtype).rows != entry.rows:
+                raise InputError(f"{file} is missing or not whole; remove the folder and start again")
+        self._shards, self.rows = shards, sum(entry.rows for entry in shards)
+        self.dropped_rows = received - self.rows
 
     def append(self, rows: np.ndarray) -> None:
         """Adds ``rows [n, d]``.
@@ -119,22 +120,19 @@ class ActivationWriter:
             raise InputError(f"rows have shape {rows.shape}, expected [n, {self._metadata.d}]")
         with np.errstate(over="ignore"):
             cast = rows.astype(self._dtype)
+        places = self.received + np.arange(len(rows))
         finite = np.isfinite(cast.astype(np.float32)).all(axis=1)
         if not finite.all():
-            first = self.received + int(np.flatnonzero(~finite)[0])
             if not self._drop:
                 raise InputError(
-                    f"{np.count_nonzero(~finite)} rows have NaN or inf as {self._dtype} (the first is row {first}); "
-                    "mend them, use a wider dtype, or pass drop_non_finite=True"
+                    f"{np.count_nonzero(~finite)} rows have NaN or inf as {self._dtype} (the first is row "
+                    f"{places[~finite][0]}); mend them, use a wider dtype, or pass drop_non_finite=True"
                 )
             self.dropped_rows += int(np.count_nonzero(~finite))
-            cast = cast[finite]
-        self._waiting.append(cast)
+            cast, places = cast[finite], places[finite]
+        self._waiting.append((cast, places))
         self.rows += len(cast)
-        while sum(map(len, self._waiting)) >= self._shard_rows:
-            waiting = np.concatenate(self._waiting)
-            self._write_shard(waiting[: self._shard_rows])
-            self._waiting = [waiting[self._shard_rows :]]
+        self._write_shards(least=self._shard_rows)
 
     def close(self, *, holdout_rows: int = 0, provenance: Mapping[str, Any] | None = None) -> Path:
         """Writes the last shard, the statistics of the training rows and, last of all, ``activations.json``.
@@ -148,15 +146,16 @@ class ActivationWriter:
           The folder of the set.
 
         Raises:
-          InputError: no rows, more rows held out than there are, or provenance of a set with dropped rows.
+          InputError: no rows, more rows held out than there are, or provenance of a set with dropped rows or
+            without tokens_per_item.
         """
         if not 0 <= holdout_rows < max(self.rows, 1) or not self.rows:
             raise InputError(f"{holdout_rows} of {self.rows} rows are held out; expected some rows to train on")
         if provenance is not None and self.dropped_rows:
             raise InputError(f"{self.dropped_rows} rows were dropped, so rows no longer match their tokens")
-        if sum(map(len, self._waiting)):
-            self._write_shard(np.concatenate(self._waiting))
-        self._waiting = []
+        if provenance is not None and self._metadata.tokens_per_item is None:
+            raise InputError("provenance is given but tokens_per_item is not; give the rows per item")
+        self._write_shards(least=1)
         metadata = dataclasses.replace(
             self._metadata,
             shards=tuple(self._shards),
@@ -171,17 +170,30 @@ class ActivationWriter:
         (self._path / JOURNAL).unlink(missing_ok=True)
         return self._path
 
-    def _write_shard(self, rows: np.ndarray) -> None:
+    def _write_shards(self, least: int) -> None:
+        """Writes the waiting rows, a shard at a time, while there are at least ``least``."""
+        if sum(len(rows) for rows, _ in self._waiting) < least:
+            return
+        rows, places = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        while len(rows) >= least:
+            self._waiting = [(rows, places)]
+            self._write_shard(rows[: self._shard_rows], received=int(places[: self._shard_rows][-1]) + 1)
+            rows, places = rows[self._shard_rows :], places[self._shard_rows :]
+        self._waiting = [(rows.copy(), places.copy())]
+
+    def _write_shard(self, rows: np.ndarray, received: int) -> None:
+        """Writes a shard and the journal, which says that the first ``received`` rows need not come again."""
         stored = rows.view(np.uint16) if self._dtype.name == "bfloat16" else rows
         name = f"shard-{len(self._shards):05d}.npy"
         checksum = self._publish(name, _npy_header(stored), np.ascontiguousarray(stored).data.cast("B"))
-        self._shards.append(ShardEntry(name, len(rows), checksum))
+        shards = [*self._shards, ShardEntry(name, len(rows), checksum)]
         journal = {
             "settings": self._settings,
-            "shards": [dataclasses.asdict(entry) for entry in self._shards],
-            "dropped_rows": self.dropped_rows,
+            "shards": [dataclasses.asdict(entry) for entry in shards],
+            "received": received,
         }
         self._publish(JOURNAL, json.dumps(journal).encode())
+        self._shards = shards
 
     def _publish(self, name: str, *parts: bytes | memoryview) -> int:
         """Writes a file beside its place, syncs it, moves it in; returns its checksum."""
