@@ -88,7 +88,12 @@ class TrainConfig:
     mesh: tuple[int, int] | None = None
     sae: Overrides = dataclasses.field(default_factory=Overrides)  # type: ignore[valid-type]
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Refuses values that fit no data.
+
+        Raises:
+          InputError: the flag is named.
+        """
         for name in ("steps", "batch_size", "checkpoint_every", "log_every", "steps_per_call"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")

@@ -42,7 +42,12 @@ class EvaluateConfig:
     sequences: int = 48
     concept_rows: int = 200_000
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Refuses values that fit no run.
+
+        Raises:
+          InputError: the flag is named.
+        """
         if not self.workdirs:
             raise InputError("no workdir is given; expected the --workdir of at least one training run")
         for name, least in {"batch_size": 1, "sequences": 0, "concept_rows": 1}.items():
@@ -59,6 +64,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     Raises:
       InputError: a folder that is no run, or data that do not fit it.
     """
+    config.validate()
     results = []
     for workdir in config.workdirs:
         run = load_run(workdir, config.checkpoint)

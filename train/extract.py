@@ -68,7 +68,12 @@ class ExtractConfig:
     seed: int = 0
     skip_first: int = 1
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Refuses values that fit no model.
+
+        Raises:
+          InputError: the flag is named.
+        """
         least = {"layer": 0, "sequence_length": 2, "batch_size": 1, "seed": 0, "skip_first": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
@@ -112,6 +117,7 @@ def extract(config: ExtractConfig) -> Path:
     Raises:
       InputError: bad text or a bad model, or a folder that holds another set.
     """
+    config.validate()
     out = config.folder
     if (out / "activations.json").exists():
         _refuse_other_settings(out, open_activations(out).source.get("settings", {}), config)
@@ -274,4 +280,4 @@ def _summary(activations: ActivationSet, windows: Windows, resumed_at: int, seco
 
 
 if __name__ == "__main__":
-    cli.run(extract, prog="python -m train.extract")
+    cli.run(extract, prog=f"python -m {__package__}.extract")

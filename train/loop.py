@@ -39,6 +39,7 @@ def train(config: TrainConfig) -> Path:
       RunFailed: the loss is no longer finite.
     """
     # 1. Everything that may be refused, before anything is written.
+    config.validate()
     assert config.data is not None, "the command line fills in the default set"
     activations = open_data(config.data, holdout=config.holdout)
     resolved = resolve(config, activations)

@@ -266,7 +266,7 @@ def test_a_tokenizer_of_another_model(config, tmp_path):
 )
 def test_flags_out_of_range(config, flag, value):
     with pytest.raises(InputError, match=rf"^--{flag.replace('_', '-')} is {value}; expected "):
-        changed(config, **{flag: value})
+        extract(changed(config, **{flag: value}))
 
 
 def test_command_line(config, capsys):
