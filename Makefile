@@ -37,7 +37,7 @@ endif
 
 demo: $(VENV)/.installed-demo
 	$(RUN) -m train.extract --out $(DEMO)/activations
-	$(RUN) -m train --data $(DEMO)/activations --workdir $(DEMO)
+	$(RUN) -m train --data $(DEMO)/activations --workdir $(DEMO) --steps 600 --checkpoint-every 200
 	$(RUN) -m train.evaluate $(DEMO)
 	@echo "report: $(abspath $(DEMO))/report.html"
 

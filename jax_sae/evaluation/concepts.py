@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jax_sae.data import ActivationSet
 
 TOKENS_BEFORE, TOKENS_AFTER = 20, 10
+FREQUENCY_BANDS = (0.003, 0.01, 0.03)
 ALWAYS_ON = 0.1  # concepts that fire more often than this are left out, as the paper leaves them out
 Progress = Callable[[int], object]
 
@@ -108,17 +109,23 @@ def item_size(activations: "ActivationSet", start: int, stop: int) -> int:
 
 
 def choose_concepts(firing: Firing, rows: int, decoder_norms: np.ndarray, count: int) -> np.ndarray:
-    """The concepts to show: those that explain most.
+    """The concepts to show: those that explain most, from rare ones and frequent ones alike.
 
-    They are ranked by the sum of squared activations times the squared norm of the decoder row, among concepts that
-    fire at least once and on at most a tenth of the rows.
+    Concepts that fire on at least one row and on at most a tenth are ranked by the sum of squared activations times
+    the squared norm of the decoder row, within bands of their firing frequency (above 3 %, 1 %, 0.3 %, and the rest);
+    the bands then take turns. Without the bands, the words that occur most would fill the list.
 
     Returns:
-      int64 [at most ``count``] concepts, the strongest first.
+      int64 [at most ``count``] concepts, the strongest of every band first.
     """
-    shown = (firing.count > 0) & (firing.count <= ALWAYS_ON * rows)
-    energy = np.where(shown, np.asarray(firing.energy) * np.asarray(decoder_norms) ** 2, -1.0)
-    return np.argsort(-energy, kind="stable")[: min(count, int(shown.sum()))]
+    shown = np.flatnonzero((firing.count > 0) & (firing.count <= ALWAYS_ON * rows))
+    energy = np.asarray(firing.energy)[shown] * np.asarray(decoder_norms)[shown] ** 2
+    shown = shown[np.argsort(-energy, kind="stable")]
+    band = np.digitize(firing.count[shown] / rows, FREQUENCY_BANDS)
+    turn = np.zeros(len(shown), np.int64)
+    for which in np.unique(band):
+        turn[band == which] = np.arange(np.count_nonzero(band == which))
+    return shown[np.lexsort((-band, turn))][:count]
 
 
 class Contexts:

@@ -44,6 +44,8 @@ class SAEConfig:
         ``"mse_over_norm"``, which is in the data's units.
       loss_scale: factor on the reconstruction loss.
       l1_coefficient: weight of the mean L1 norm of the activations.
+      l1_of: ``"activations"`` penalises them as they are, which fits decoder rows of norm 1; ``"contributions"``
+        weighs each with the norm of its decoder row, so that a longer row cannot stand in for a smaller activation.
       l1_warmup_steps: steps over which that weight rises linearly from 0.
       aux_k: dead concepts that reconstruct the residual (AuxK, Gao et al. 2024); 0 switches it off.
       aux_coefficient: weight of that loss.
@@ -67,6 +69,7 @@ class SAEConfig:
     loss: Literal["squared_error", "mse", "mse_over_norm"] = "squared_error"
     loss_scale: float = 1.0
     l1_coefficient: float = 0.0
+    l1_of: Literal["activations", "contributions"] = "activations"
     l1_warmup_steps: int = 0
     aux_k: int = 0
     aux_coefficient: float = 1 / 32
@@ -151,8 +154,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     ),
     "mlp_sparsemax": _ATTENTION
     | dict(encoder="mlp", activation="sparsemax", frequency_cap=0.1, unit_norm_decoder=True),
-    "attention_relu": _ATTENTION | dict(activation="relu", l1_coefficient=1e-3, l1_warmup_steps=500),
-    "relu": _MLP | dict(activation="relu", l1_coefficient=1.0, l1_warmup_steps=500),
+    "attention_relu": _ATTENTION | dict(activation="relu", l1_coefficient=0.05, l1_of="contributions", l1_warmup_steps=200),
+    "relu": _MLP | dict(activation="relu", l1_coefficient=1.0, l1_warmup_steps=200),
     "topk": _MLP | dict(activation="topk"),
     "batch_topk": _MLP | dict(activation="batch_topk"),
 }

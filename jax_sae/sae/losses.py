@@ -37,8 +37,7 @@ def sae_loss(
     terms = {"reconstruction": reconstruction_loss(config, output, x)}
     if config.l1_coefficient:
         warmup = jnp.minimum(1.0, (step + 1) / max(config.l1_warmup_steps, 1))
-        l1 = jnp.mean(jnp.sum(jnp.abs(output.activations), axis=-1))
-        terms["l1"] = config.l1_coefficient * warmup * l1
+        terms["l1"] = config.l1_coefficient * warmup * l1_norm(model, output.activations)
     if config.aux_k and training:
         terms["aux"] = config.aux_coefficient * auxiliary_loss(model, stats, output, x, axis_name)
     return sum(terms.values(), jnp.float32(0)), (output, terms)
@@ -53,6 +52,14 @@ def reconstruction_loss(config: SAEConfig, output: SAEOutput, x: jax.Array) -> j
     if config.loss == "mse":
         squared = squared / config.d_in
     return config.loss_scale * jnp.mean(squared)
+
+
+def l1_norm(model: SparseAutoencoder, activations: jax.Array) -> jax.Array:
+    """[] mean over rows of the L1 norm of ``activations [B, M]``, or of what they contribute (``config.l1_of``)."""
+    sizes = jnp.mean(jnp.abs(activations), axis=0)
+    if model.config.l1_of == "contributions":
+        sizes = sizes * model.decoder_norms()
+    return jnp.sum(sizes)
 
 
 def auxiliary_loss(

@@ -115,6 +115,19 @@ def test_l1_warms_up_linearly():
         assert terms["l1"] == pytest.approx(fraction * penalty, rel=1e-6)
 
 
+def test_l1_of_contributions_cannot_be_evaded_by_longer_decoder_rows():
+    config = SAEConfig.preset("attention_relu", 4, 6, l1_coefficient=1.0, l1_warmup_steps=0)
+    model, stats = SparseAutoencoder(config, rngs=nnx.Rngs(0)), init_stats(config)
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    rows = np.asarray(model.concepts[...], np.float64) @ np.asarray(model.W_V[...], np.float64)
+    activations = np.asarray(model(x, stats).activations, np.float64)
+    expected = (np.abs(activations) * np.linalg.norm(rows, axis=-1)).sum(-1).mean()
+    penalty = lambda model: float(sae_loss(model, stats, x, 0)[1][1]["l1"])
+    assert penalty(model) == pytest.approx(expected, rel=1e-5)
+    model.W_K[...], model.W_V[...] = model.W_K[...] / 8, model.W_V[...] * 8
+    assert penalty(model) == pytest.approx(expected, rel=1e-5)
+
+
 def aux_case():
     config = SAEConfig.preset("topk", 6, 20, k=3, aux_k=4, dead_after_rows=100)
     model, stats = SparseAutoencoder(config, rngs=nnx.Rngs(0)), init_stats(config)
