@@ -5,114 +5,15 @@ import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from jax_sae.data.format import DTYPES, JOURNAL, METADATA, Metadata, Provenance, read_metadata
+from jax_sae.data.shards import NpyShard, RecordShard, Shard, open_record_shard
 from jax_sae.data.statistics import Statistics
 from jax_sae.errors import InputError
 
 _VERIFY_BYTES = 1 << 22
-_FINGERPRINT_BYTES = 1 << 16
-
-
-class Shard(Protocol):
-    """Rows that can be read in ranges and by index."""
-
-    rows: int
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop``, [stop - start, d]."""
-
-    def take(self, indices: np.ndarray, out: np.ndarray) -> None:
-        """Puts the rows at ascending ``indices`` into ``out [n, d]``."""
-
-    def fingerprint(self) -> bytes:
-        """Bytes that differ between shards of different shape, and almost surely of different content."""
-
-
-class NpyShard:
-    """A memory-mapped ``.npy`` file, [rows, d] or [items, tokens, d]; never a pickle.
-
-    Args:
-      path: the file.
-      dtype: what the bytes are where the file cannot say so (bfloat16 stored as uint16).
-
-    Raises:
-      InputError: not a ``.npy`` file, truncated, of another dtype, or not 2- or 3-dimensional.
-    """
-
-    def __init__(self, path: Path, dtype: np.dtype | None = None):
-        self.path = path
-        array = _map(path)
-        if dtype is not None and dtype.name == "bfloat16" and array.dtype == np.uint16:
-            array = array.view(dtype)
-        if array.dtype.name not in DTYPES or (dtype is not None and array.dtype != dtype):
-            expected = ", ".join(DTYPES) if dtype is None else dtype.name
-            raise InputError(f"{path} has dtype {array.dtype}, expected {expected}; convert it")
-        if array.ndim not in (2, 3) or array.shape[-1] == 0:
-            raise InputError(f"{path} has shape {array.shape}, expected [rows, d] or [items, tokens, d]; reshape it")
-        self.tokens_per_item = array.shape[1] if array.ndim == 3 else None
-        self._rows = array.reshape(-1, array.shape[-1])
-        self.rows, self.d = self._rows.shape
-        self.dtype = array.dtype
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop``, [stop - start, d]."""
-        return np.array(self._rows[start:stop])
-
-    def take(self, indices: np.ndarray, out: np.ndarray) -> None:
-        """Puts the rows at ascending ``indices`` into ``out [n, d]``."""
-        np.take(self._rows, indices, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
-
-    def fingerprint(self) -> bytes:
-        """Both ends of the file."""
-        with self.path.open("rb") as file:
-            first = file.read(_FINGERPRINT_BYTES)
-            file.seek(max(0, self.path.stat().st_size - _FINGERPRINT_BYTES))
-            return first + file.read()
-
-
-def _map(path: Path) -> np.ndarray:
-    """The array in ``path``, mapped; one without entries cannot be mapped and is loaded."""
-    try:
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
-            empty = 0 in read_header(file)[0]
-        return np.load(path, mmap_mode=None if empty else "r", allow_pickle=False)
-    except (ValueError, EOFError, AttributeError) as error:
-        raise InputError(f"{path} is truncated or not a plain .npy array ({error}); write it again") from error
-
-
-class RecordShard:
-    """A split of a TFDS data source with one ``Tensor`` feature of shape [d] or [tokens, d]."""
-
-    def __init__(self, source: Any, feature: str, shape: tuple[int, ...], dtype: np.dtype, path: Path):
-        self._source, self._feature = source, feature
-        self.tokens_per_item = shape[0] if len(shape) == 2 else None
-        self._per_record = self.tokens_per_item or 1
-        self.d, self.dtype, self.path = shape[-1], dtype, path
-        self.rows = len(source) * self._per_record
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop``, [stop - start, d]."""
-        rows = np.empty((stop - start, self.d), self.dtype)
-        self.take(np.arange(start, stop), rows)
-        return rows
-
-    def take(self, indices: np.ndarray, out: np.ndarray) -> None:
-        """Puts the rows at ascending ``indices`` into ``out [n, d]``."""
-        records, places = np.unique(indices // self._per_record, return_inverse=True)
-        loaded = self._source.__getitems__([int(record) for record in records])
-        rows = np.stack([record[self._feature] for record in loaded]).reshape(len(records), -1, self.d)
-        out[...] = rows[places, indices % self._per_record]
-
-    def fingerprint(self) -> bytes:
-        """The shape, the first and the last row."""
-        ends = self.read(0, 1).tobytes() + self.read(self.rows - 1, self.rows).tobytes()
-        return repr((self.rows, self.d)).encode() + ends
 
 
 class ActivationSet:
@@ -131,7 +32,7 @@ class ActivationSet:
       fingerprint: hex digest that differs between sets with different content.
     """
 
-    def __init__(self, path: Path, shards: Sequence[Any], metadata: Metadata):
+    def __init__(self, path: Path, shards: Sequence[Shard], metadata: Metadata):
         self.path, self._shards, self._metadata = path, shards, metadata
         self.d, self.dtype = metadata.d, DTYPES[metadata.dtype]
         self._ends = np.cumsum([shard.rows for shard in shards])
@@ -167,8 +68,9 @@ class ActivationSet:
         parts = []
         for shard, end in zip(self._shards, self._ends, strict=True):
             begin = int(end) - shard.rows
-            if begin < stop and start < end:
-                parts.append(shard.read(max(start - begin, 0), min(stop - begin, shard.rows)))
+            low, high = max(start - begin, 0), min(stop - begin, shard.rows)
+            if low < high:
+                parts.append(shard.read(low, high))
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.d), self.dtype), *parts])
 
     def take(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -198,7 +100,13 @@ class ActivationSet:
         return taken
 
     def with_holdout(self, rows: int) -> "ActivationSet":
-        """The same set with its last ``rows`` rows held out; statistics of other training rows are dropped."""
+        """The same set with its last ``rows`` rows held out; statistics of other training rows are dropped.
+
+        Raises:
+          InputError: more rows than the set has, or fewer than none.
+        """
+        if not 0 <= rows <= self.rows:
+            raise InputError(f"{rows} rows are to be held out of {self.rows}; give a number from 0 to {self.rows}")
         changed = copy.copy(self)
         changed.holdout_rows = rows
         if rows != self.holdout_rows:
@@ -209,11 +117,17 @@ class ActivationSet:
         """The same set without the rows ``removed`` (ascending int64); held-out rows stay held out.
 
         Rows are counted anew, so the token of a row is no longer known: provenance is dropped.
+
+        Raises:
+          ValueError: not ascending, not in the set, or rows were removed from it before.
         """
-        changed = copy.copy(self)
         if len(self._removed):
             raise ValueError("rows were removed from this set already; remove all of them at once")
-        changed._removed = np.asarray(removed, np.int64)
+        removed = np.asarray(removed, np.int64)
+        if np.any(np.diff(removed, prepend=-1, append=self.rows) < 1):
+            raise ValueError(f"rows to remove are not ascending or not within the {self.rows} of the set")
+        changed = copy.copy(self)
+        changed._removed = removed
         changed.holdout_rows -= int(np.count_nonzero(removed >= self.train_rows))
         if len(removed):
             changed.provenance, changed.tokens_per_item = None, None
@@ -247,7 +161,7 @@ def open_activations(path: str | Path) -> ActivationSet:
     Args:
       path: a folder with ``activations.json``; a ``.npy`` file of [rows, d] or [items, tokens, d]; a folder of
         such files, taken in the order of their names; or the folder of a TFDS dataset in array_record
-        format whose first split has one ``Tensor`` feature.
+        format with one ``Tensor`` feature, of which the ``train`` split is taken, or the first.
 
     Raises:
       InputError: nothing there, empty, damaged, or not activations; the file is named.
@@ -262,7 +176,7 @@ def open_activations(path: str | Path) -> ActivationSet:
     if (path / JOURNAL).exists():
         raise InputError(f"{path} is an unfinished activation set; run what writes it again to complete it")
     if (path / "dataset_info.json").exists():
-        return _from_shards(path, [_record_shard(path)])
+        return _from_shards(path, [open_record_shard(path)])
     files = sorted(path.glob("*.npy"))
     if not files:
         raise InputError(f"{path} holds no activations.json, no .npy file and no TFDS dataset; give an activation set")
@@ -301,26 +215,6 @@ def _from_shards(path: Path, shards: Sequence[NpyShard | RecordShard]) -> Activa
         raise InputError(f"{path} has no rows; expected at least one")
     metadata = Metadata(first.d, first.dtype.name, (), tokens_per_item=first.tokens_per_item)
     return ActivationSet(path, shards, metadata)
-
-
-def _record_shard(path: Path) -> RecordShard:
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(str(path))
-    features = builder.info.features
-    tensors = {n: f for n, f in features.items() if type(f) is tfds.features.Tensor and len(f.shape) in (1, 2)}
-    if len(tensors) != 1:
-        raise InputError(
-            f"{path} has features {', '.join(features)}; expected one Tensor feature of shape [d] or [tokens, d]"
-        )
-    ((name, feature),) = tensors.items()
-    if None in feature.shape or np.dtype(feature.np_dtype).name not in DTYPES:
-        raise InputError(
-            f"{path}: feature {name} is {feature.np_dtype} {feature.shape}, expected one shape of {', '.join(DTYPES)}"
-        )
-    split = next(iter(builder.info.splits))
-    source = builder.as_data_source(split=split)
-    return RecordShard(source, name, tuple(feature.shape), np.dtype(feature.np_dtype), path)
 
 
 def _fingerprint(shards: Sequence[Shard], metadata: Metadata) -> str:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jax_sae.data.format import DTYPES, JOURNAL, METADATA, Metadata, ShardEntry
-from jax_sae.data.reader import ActivationSet, NpyShard
+from jax_sae.data.reader import ActivationSet
+from jax_sae.data.shards import NpyShard
 from jax_sae.data.statistics import scan
 from jax_sae.errors import InputError
 
