@@ -98,8 +98,15 @@ class Metadata:
 def _check(metadata: Metadata, rows: Any) -> None:
     if metadata.dtype not in DTYPES:
         raise ValueError(f"dtype {metadata.dtype!r}, expected one of {', '.join(DTYPES)}")
-    if not isinstance(metadata.d, int) or metadata.d < 1:
-        raise ValueError(f"width d = {metadata.d!r}, expected a positive integer")
+    counts = {"d": metadata.d, "holdout_rows": metadata.holdout_rows, "dropped_rows": metadata.dropped_rows}
+    if metadata.tokens_per_item is not None:
+        counts["tokens_per_item"] = metadata.tokens_per_item
+    for name, count in (*counts.items(), *((shard.name, shard.rows) for shard in metadata.shards)):
+        least = 1 if name in ("d", "tokens_per_item") else 0
+        if not isinstance(name, str) or not isinstance(count, int) or count < least:
+            raise ValueError(f"{name} = {count!r}, expected an integer of at least {least}")
+    if metadata.statistics is not None and metadata.statistics.mean.shape != (metadata.d,):
+        raise ValueError(f"statistics of width {metadata.statistics.mean.shape}, expected {metadata.d}")
     if rows != metadata.rows:
         raise ValueError(f"{rows!r} rows, but the shards have {metadata.rows}")
     if not 0 <= metadata.holdout_rows <= metadata.rows:
@@ -145,19 +152,28 @@ class Provenance:
 
     @classmethod
     def open(cls, folder: Path, fields: Mapping[str, Any], tokens_per_item: int) -> "Provenance":
-        """Maps the files that ``fields`` of the metadata name."""
+        """Maps the files that ``fields`` of the metadata name.
+
+        Raises:
+          InputError: a field or a file is missing or damaged.
+        """
 
         def load(name: str) -> np.ndarray:
             return np.load(folder / fields[name], mmap_mode="r", allow_pickle=False)
 
-        return cls(
-            load("tokens"),
-            load("items"),
-            tuple(fields["documents"]),
-            tokens_per_item,
-            fields["first_position"],
-            folder / fields["tokenizer"],
-        )
+        try:
+            return cls(
+                load("tokens"),
+                load("items"),
+                tuple(fields["documents"]),
+                tokens_per_item,
+                int(fields["first_position"]),
+                folder / fields["tokenizer"],
+            )
+        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            raise InputError(
+                f"{folder} does not know its tokens ({type(error).__name__}: {error}); write the set again"
+            ) from error
 
     def locate(self, row: int) -> tuple[int, int, str, int]:
         """(item, position in the item, name of the document, offset of the token in the document) of a row."""
