@@ -71,7 +71,7 @@ def scan(
       (statistics of the finite rows, the rows with NaN or inf as int64 indices in ascending order).
 
     Raises:
-      InputError: no row is finite.
+      InputError: no row is finite, or a variance is beyond float32.
     """
     stop = activations.rows if stop is None else stop
     moments, bad = _Moments(activations.d), []
@@ -121,6 +121,9 @@ def _even_sample(start: int, stop: int, bad_rows: np.ndarray) -> np.ndarray:
 def _summarise(activations: "ActivationSet", moments: _Moments, sample: np.ndarray) -> Statistics:
     rows = activations.take(sample).astype(np.float64)
     variance = moments.squares / moments.rows
+    largest = float(np.max(variance))
+    if largest > np.finfo(np.float32).max:
+        raise InputError(f"{activations.path} has a variance of {largest:.1e}, beyond float32; scale it down")
     spread = float(np.sqrt(variance.sum()))
     return Statistics(
         rows=moments.rows,
