@@ -122,7 +122,7 @@ def _summarise(activations: "ActivationSet", moments: _Moments, sample: np.ndarr
     rows = activations.take(sample).astype(np.float64)
     variance = moments.squares / moments.rows
     largest = float(np.max(variance))
-    if largest > np.finfo(np.float32).max:
+    if largest > float(np.finfo(np.float32).max):
         raise InputError(f"{activations.path} has a variance of {largest:.1e}, beyond float32; scale it down")
     spread = float(np.sqrt(variance.sum()))
     return Statistics(
@@ -139,8 +139,9 @@ def _summarise(activations: "ActivationSet", moments: _Moments, sample: np.ndarr
 def geometric_median(rows: np.ndarray, start: np.ndarray) -> np.ndarray:
     """The point with the least mean distance to ``rows [n, d]``, by Weiszfeld's iteration from ``start [d]``.
 
-    It stops when a step is below 1e-6 of the mean distance. A row that the iterate lands on is given a tiny
-    distance instead of none (Weiszfeld 1937; Vardi and Zhang 2000).
+    It stops when a step is below 1e-6 of the mean distance. Rows that the iterate lies on, whose weight 1 / distance
+    would be infinite, hold it back by their number instead (Weiszfeld 1937; Vardi and Zhang 2000, "The multivariate
+    L1-median and associated data depth").
     """
     centre = start
     for _ in range(_MEDIAN_ITERATIONS):
@@ -148,10 +149,13 @@ def geometric_median(rows: np.ndarray, start: np.ndarray) -> np.ndarray:
         scale = distance.mean()
         if scale == 0:
             return centre
-        weight = 1 / np.maximum(distance, 1e-9 * scale)
-        moved = weight @ rows / weight.sum()
-        step = np.linalg.norm(moved - centre)
-        centre = moved
-        if step < 1e-6 * scale:
+        apart = distance > 1e-9 * scale
+        weight = np.where(apart, 1 / np.where(apart, distance, 1), 0)
+        shift = weight @ rows / weight.sum() - centre
+        pull = np.linalg.norm(shift) * weight.sum()  # of unit vectors towards the other rows
+        held = np.count_nonzero(~apart) / pull if pull else 1.0
+        step = shift * max(0.0, 1 - held)
+        centre = centre + step
+        if np.linalg.norm(step) < 1e-6 * scale:
             break
     return centre
