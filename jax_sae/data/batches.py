@@ -87,7 +87,7 @@ class BatchSource:
     def _buffer(self, rows: int) -> np.ndarray:
         """Room for a window. The older of two windows gives up its own: fresh memory costs more than the copy."""
         if len(self._windows) < 2:
-            most = self._order.block_rows * self._order.window_blocks
+            most = min(self._order.block_rows * self._order.window_blocks, self._order.rows)
             return np.empty((most, self._activations.d), self._activations.dtype)[:rows]
         oldest, _ = self._windows.pop(min(self._windows))
         whole = oldest.base
@@ -124,11 +124,14 @@ def load_batches(
       [batch_size / process_count, d] arrays in the stored dtype.
 
     Raises:
-      InputError: a batch larger than the range of rows, or one that cannot be split over the hosts.
+      InputError: a batch larger than the range of rows, one that cannot be split over the hosts, or a range
+        that is not within the set.
     """
     import grain
 
     first, last = (0, activations.train_rows) if rows is None else rows
+    if not 0 <= first < last <= activations.rows:
+        raise InputError(f"batches of rows {first} to {last} of a set with {activations.rows}; give some of its rows")
     source = BatchSource(
         activations,
         BatchOrder(last - first, batch_size, seed),
@@ -155,7 +158,12 @@ def prefetch_to_device(
     Yields:
       The batches, in order. An error of ``batches`` is raised when its turn comes; closing the generator
       stops the thread.
+
+    Raises:
+      InputError: ``size`` is below 1.
     """
+    if size < 1:
+        raise InputError(f"size is {size}; expected at least 1")
     ready: queue.Queue[Any] = queue.Queue(maxsize=size)
     stopped = threading.Event()
 
