@@ -5,6 +5,7 @@ from jax_sae.ops import SparseCodes as SparseCodes
 from jax_sae.ops import batch_top_k_threshold as batch_top_k_threshold
 from jax_sae.ops import sparse_decode as sparse_decode
 from jax_sae.ops import sparsemax as sparsemax
+from jax_sae.ops import sparsemax_jvp as sparsemax_jvp
 from jax_sae.ops import sparsemax_threshold as sparsemax_threshold
 from jax_sae.ops import to_codes as to_codes
 from jax_sae.ops import top_k_mask as top_k_mask

@@ -4,6 +4,7 @@ from jax_sae.ops.codes import SparseCodes as SparseCodes
 from jax_sae.ops.codes import sparse_decode as sparse_decode
 from jax_sae.ops.codes import to_codes as to_codes
 from jax_sae.ops.sparsemax import sparsemax as sparsemax
+from jax_sae.ops.sparsemax import sparsemax_jvp as sparsemax_jvp
 from jax_sae.ops.sparsemax import sparsemax_threshold as sparsemax_threshold
 from jax_sae.ops.topk import batch_top_k_threshold as batch_top_k_threshold
 from jax_sae.ops.topk import top_k_mask as top_k_mask

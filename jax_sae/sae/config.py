@@ -154,7 +154,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     ),
     "mlp_sparsemax": _ATTENTION
     | dict(encoder="mlp", activation="sparsemax", frequency_cap=0.1, unit_norm_decoder=True),
-    "attention_relu": _ATTENTION | dict(activation="relu", l1_coefficient=0.05, l1_of="contributions", l1_warmup_steps=200),
+    "attention_relu": _ATTENTION
+    | dict(activation="relu", l1_coefficient=0.05, l1_of="contributions", l1_warmup_steps=200),
     "relu": _MLP | dict(activation="relu", l1_coefficient=1.0, l1_warmup_steps=200),
     "topk": _MLP | dict(activation="topk"),
     "batch_topk": _MLP | dict(activation="batch_topk"),

@@ -45,9 +45,9 @@ def sparsemax(
     Raises:
       ValueError: the axis is empty or absent, or ``implementation`` is unknown.
 
-    Derivatives: with the support S = {i: p_i > 0}, J = diag(s) - s s^T / |S|. An entry tied with tau is outside S:
-    its derivative is 0, one of the subgradients there. Reverse mode keeps p and nothing else; forward mode,
-    reverse over reverse and forward over reverse work.
+    Derivatives: with the support S = {i: p_i > 0}, J = diag(s) - s s^T / |S|. An entry tied with tau is outside S: its
+    derivative is 0, one of the subgradients there. Reverse mode keeps p and nothing else; reverse over reverse and
+    forward over reverse (``jax.hessian``) work. Forward mode alone is :func:`sparsemax_jvp`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,6 +60,44 @@ def sparsemax(
     """
     rows, restore = _as_rows(z, axis, where, implementation)
     return restore(_sparsemax(rows, axis_name, implementation)).astype(_result_dtype(z))
+
+
+def sparsemax_jvp(
+    z: jax.Array,
+    tangent: jax.Array,
+    axis: int = -1,
+    *,
+    where: jax.Array | None = None,
+    axis_name: str | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`sparsemax` and its derivative along ``tangent``: forward mode, which a ``custom_vjp`` does not take.
+
+    Args:
+      z: as for :func:`sparsemax`.
+      tangent: direction, the shape of ``z``.
+      axis: as for :func:`sparsemax`.
+      where: as for :func:`sparsemax`.
+      axis_name: as for :func:`sparsemax`.
+      implementation: as for :func:`sparsemax`.
+
+    Returns:
+      (p, J tangent), both of the shape and dtype of p. The function may itself be differentiated, in either mode.
+
+    Raises:
+      ValueError: as for :func:`sparsemax`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_sae import sparsemax_jvp
+      >>> sparsemax_jvp(jnp.array([0.5, 1.5, 1.25, -3.0]), jnp.array([1.0, 2.0, 4.0, 0.0]))[1]
+      Array([ 0., -1.,  1.,  0.], dtype=float32)
+    """
+    rows, restore = _as_rows(z, axis, where, implementation)
+    tangents, _ = _as_rows(tangent, axis, None, implementation)
+    p, out = jax.jvp(lambda z: _sparsemax_with_jvp(z, axis_name, implementation), (rows,), (tangents,))
+    dtype = _result_dtype(z)
+    return restore(p).astype(dtype), restore(out).astype(dtype)
 
 
 def sparsemax_threshold(

@@ -35,7 +35,9 @@ def sort_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
     inside = (descending > candidates) & ~jnp.isneginf(descending)
     count = jnp.sum(inside, axis=-1, keepdims=True, dtype=jnp.int32)
     tau = jnp.take_along_axis(candidates, jnp.maximum(count - 1, 0), axis=-1)
-    return top, _nan_where_undefined(tau, z, top, None), count
+    if axis_name is not None:  # equal on all devices, and now known to be
+        top, tau, count = lax.pmax((top, tau, count), axis_name)
+    return top, _nan_where_undefined(tau, z, top, axis_name), count
 
 
 def newton_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:

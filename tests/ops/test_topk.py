@@ -1,0 +1,58 @@
+"""Selection of the largest scores against NumPy sorting."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_sae import batch_top_k_threshold, top_k_mask
+
+
+def test_top_k_mask_equals_a_stable_sort():
+    z = np.random.default_rng(0).integers(-4, 5, (50, 30)).astype(np.float32)  # many ties
+    for k in (1, 7, 30):
+        expected = np.zeros(z.shape, bool)
+        np.put_along_axis(expected, np.argsort(-z, axis=-1, kind="stable")[:, :k], True, -1)
+        np.testing.assert_array_equal(top_k_mask(jnp.asarray(z), k), expected)
+
+
+def test_top_k_mask_takes_leading_dimensions_and_is_a_constant():
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 9)), jnp.float32)
+    np.testing.assert_array_equal(top_k_mask(z, 4).reshape(6, 9), top_k_mask(z.reshape(6, 9), 4))
+    gradient = jax.grad(lambda z: jnp.sum(jnp.where(top_k_mask(z, 4), 2 * z, 0.0)))(z)
+    np.testing.assert_array_equal(gradient, 2.0 * np.asarray(top_k_mask(z, 4)))
+
+
+@pytest.mark.parametrize("k", [0, 10])
+def test_top_k_mask_names_a_k_out_of_range(k):
+    with pytest.raises(ValueError, match=f"k is {k} for rows of 9 scores"):
+        top_k_mask(jnp.zeros((2, 9)), k)
+
+
+@pytest.mark.parametrize("kind", ["normal", "positive part", "ties", "tiny", "huge"])
+@pytest.mark.parametrize("count", [1, 2, 37, 799, 800])
+def test_batch_threshold_is_the_count_th_largest(kind, count):
+    z = np.random.default_rng(5).standard_normal((20, 40)).astype(np.float32)
+    z = {
+        "normal": z,
+        "positive part": np.maximum(z, 0),
+        "ties": np.round(z),
+        "tiny": z * np.float32(1e-38),
+        "huge": z * np.float32(1e37),
+    }[kind]
+    with np.errstate(under="ignore"):
+        assert batch_top_k_threshold(jnp.asarray(z), count) == np.sort(z.ravel())[-count]
+
+
+def test_batch_threshold_over_eight_devices_is_that_of_the_whole_batch():
+    z = np.random.default_rng(6).standard_normal((32, 50)).astype(np.float32)
+    f = jax.pmap(functools.partial(batch_top_k_threshold, count=100, axis_name="data"), axis_name="data")
+    np.testing.assert_array_equal(f(z.reshape(8, 4, 50)), np.full(8, np.sort(z.ravel())[-100]))
+
+
+@pytest.mark.parametrize("count", [0, 13])
+def test_batch_threshold_names_a_count_out_of_range(count):
+    with pytest.raises(ValueError, match=f"count is {count} for a batch of 12 scores"):
+        batch_top_k_threshold(jnp.zeros((3, 4)), count)
