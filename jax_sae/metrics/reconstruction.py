@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_COSINE_EPSILON = 1e-8
+_TINY_NORM = 1e-8
 
 
 @jax.tree_util.register_dataclass
@@ -40,13 +40,13 @@ class ReconstructionSums:
         variance = jnp.var(x, axis=-1, ddof=1)
         varies = variance > 0
         fvu = jnp.var(error, axis=-1, ddof=1) / jnp.where(varies, variance, 1.0)
-        norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(x_hat, axis=-1)
+        norms = [jnp.maximum(jnp.linalg.norm(rows, axis=-1), _TINY_NORM) for rows in (x, x_hat)]
         mean = jnp.mean(x, axis=0)
         return cls(
             rows=jnp.int32(len(x)),
             varied_rows=jnp.sum(varies, dtype=jnp.int32),
             fvu=jnp.sum(jnp.where(varies, fvu, 0.0)),
-            cosine=jnp.sum(jnp.sum(x * x_hat, axis=-1) / jnp.maximum(norms, _COSINE_EPSILON)),
+            cosine=jnp.sum(jnp.sum(x * x_hat, axis=-1) / (norms[0] * norms[1])),
             squared_error=jnp.sum(error**2),
             mean=mean,
             squares=jnp.sum((x - mean[None, :]) ** 2),
