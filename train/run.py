@@ -156,12 +156,14 @@ def survey(activations: ActivationSet, workdir: Path, *, drop_non_finite: bool) 
     if found.get("fingerprint") != activations.fingerprint or found.get("holdout") != activations.holdout_rows:
         with tqdm(total=activations.rows, unit=" rows", unit_scale=True, desc="survey", disable=None) as bar:
             statistics, bad = scan(activations, 0, activations.train_rows, progress=bar.update)
-            _, held_out_bad = scan(activations, activations.train_rows, activations.rows, progress=bar.update)
+            if activations.holdout_rows:
+                _, held_out = scan(activations, activations.train_rows, activations.rows, progress=bar.update)
+                bad = np.concatenate([bad, held_out])
         found = {
             "fingerprint": activations.fingerprint,
             "holdout": activations.holdout_rows,
             "statistics": statistics.to_json(),
-            "non_finite_rows": [*map(int, bad), *map(int, held_out_bad)],
+            "non_finite_rows": bad.tolist(),
         }
         write_json(path, found)
     bad_rows = np.asarray(found["non_finite_rows"], np.int64)

@@ -76,7 +76,7 @@ class SAEConfig:
     dead_after_rows: int = 10_000_000
     unit_norm_decoder: bool = False
     b_dec_init: Literal["zeros", "mean", "geometric_median"] = "zeros"
-    threshold_decay: float = 0.99
+    threshold_decay: float = 0.95
 
     def __post_init__(self) -> None:
         _check_literals(self)
