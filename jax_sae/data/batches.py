@@ -18,8 +18,9 @@ _ENDLESS = 2**62
 class BatchSource:
     """Random access to batches, for ``grain.MapDataset.source``: an element is a whole batch.
 
-    The two windows of the order that were used last are kept in memory, and a batch is gathered from them. Of each
-    window a host reads the rows it will use, in the order they have on disk.
+    The window of the order that was used last is kept in memory, and batches are gathered from it. Of each window a
+    host reads the rows it will use, in the order they have on disk, and always into the same buffer: fresh memory
+    costs more than the copy. So one thread at a time may use a source.
 
     Args:
       activations: the set.
@@ -46,13 +47,18 @@ class BatchSource:
         self._first_row = first_row
         self._share = order.batch_size // process_count
         self._skip = process_index * self._share
-        self._windows: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        most = min(order.block_rows * order.window_blocks, order.rows)
+        self._buffer = np.empty((most, activations.d), activations.dtype)
+        self._held: tuple[int, int] | None = None  # epoch and window of the two below
+        self._loaded, self._find = self._buffer[:0], np.zeros(0, np.int64)
 
     def __len__(self) -> int:
         return self._batches
 
     def __getitem__(self, batch: Any) -> np.ndarray:
         """[batch_size / process_count, d] in the stored dtype."""
+        if not 0 <= batch < self._batches:
+            raise IndexError(f"batch {batch} of {self._batches}")
         parts = []
         start = int(batch) * self._order.batch_size  # positions in the stream of rows from here on
         mine = start + self._skip, start + self._skip + self._share
@@ -73,26 +79,17 @@ class BatchSource:
 
     def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """This host's rows of a window in the order of the disk, and where each place of the stream finds its row."""
-        if (epoch, window) not in self._windows:
+        if self._held != (epoch, window):
             rows = self._order.window(epoch, window)
             within = (self._order.window_start(epoch, window) + np.arange(len(rows))) % self._order.batch_size
             rows = rows[(within >= self._skip) & (within < self._skip + self._share)]
             by_place = np.argsort(rows)
-            find = np.empty_like(by_place)
-            find[by_place] = np.arange(len(rows))
-            loaded = self._activations.take(rows[by_place] + self._first_row, out=self._buffer(len(rows)))
-            self._windows[epoch, window] = loaded, find
-        return self._windows[epoch, window]
-
-    def _buffer(self, rows: int) -> np.ndarray:
-        """Room for a window. The older of two windows gives up its own: fresh memory costs more than the copy."""
-        if len(self._windows) < 2:
-            most = min(self._order.block_rows * self._order.window_blocks, self._order.rows)
-            return np.empty((most, self._activations.d), self._activations.dtype)[:rows]
-        oldest, _ = self._windows.pop(min(self._windows))
-        whole = oldest.base
-        assert isinstance(whole, np.ndarray)  # it was cut from one, above
-        return whole[:rows]
+            self._held = None  # should reading fail, the buffer holds no window
+            self._find = np.empty_like(by_place)
+            self._find[by_place] = np.arange(len(rows))
+            self._loaded = self._activations.take(rows[by_place] + self._first_row, out=self._buffer[: len(rows)])
+            self._held = epoch, window
+        return self._loaded, self._find
 
 
 def load_batches(

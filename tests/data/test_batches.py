@@ -76,7 +76,7 @@ def test_rows_removed_from_the_set_never_come_up(activations):
 
 
 @pytest.mark.parametrize("process_count", [1, 4])
-def test_two_windows_are_kept_and_every_row_is_read_once_an_epoch(activations, monkeypatch, process_count):
+def test_one_window_is_kept_and_every_row_is_read_once_an_epoch(activations, monkeypatch, process_count):
     buffers, taken = [], []
     take = activations.take
 
@@ -92,9 +92,34 @@ def test_two_windows_are_kept_and_every_row_is_read_once_an_epoch(activations, m
         source = BatchSource(activations, order, 97, process_index=process, process_count=process_count)
         for batch in range(97):  # 8 epochs exactly
             source[batch]
-    assert len(buffers) == 2 * process_count
+    assert len(buffers) == process_count
     assert all(buffer.shape == (16, 3) for buffer in buffers)
     np.testing.assert_array_equal(np.bincount(taken), np.full(97, 8))
+
+
+def test_a_source_ends(activations):
+    source = BatchSource(activations, BatchOrder(97, 8, 0), 5)
+    assert len(list(source)) == len(source) == 5
+    for batch in (-1, 5):
+        with pytest.raises(IndexError, match=f"^batch {batch} of 5$"):
+            source[batch]
+
+
+def test_a_read_that_failed_is_made_again(activations, monkeypatch):
+    order = BatchOrder(97, 8, 0, 4, 4)
+    source = BatchSource(activations, order, 12)
+    first, take = source[0], activations.take
+
+    def spoil(indices, out):
+        out[:] = np.nan
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(activations, "take", spoil)
+    with pytest.raises(OSError, match="the disk is gone"):
+        source[2]  # the second window
+    monkeypatch.setattr(activations, "take", take)
+    np.testing.assert_array_equal(source[2], ROWS[order.indices(2)])
+    np.testing.assert_array_equal(source[0], first)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(activations):
