@@ -1,6 +1,7 @@
 """The training loop: it reads, dispatches, logs and saves; everything it computes is in the step."""
 
 import contextlib
+import itertools
 import math
 import signal
 import time
@@ -119,11 +120,11 @@ class _Loop:
                 self._step += every_step
                 self._undelivered.append((self._step, metrics))
                 self._log.advance(every_step)
-                if self._step % config.log_every == 0:
-                    self._deliver(keep=config.log_every // every_step)
                 stopping = bool(stop)  # asked once: a signal after this is dealt with after the next step
                 if stopping or self._step % config.checkpoint_every == 0 or self._step == config.steps:
                     self._save(state)
+                elif self._step % config.log_every == 0:
+                    self._deliver()
                 if stopping:
                     break
             self._checkpoints.wait()
@@ -149,26 +150,38 @@ class _Loop:
             rows = _stacked(rows, group)
         return prefetch_to_device(rows, sharding=self._placement.batch)
 
-    def _deliver(self, keep: int) -> None:
-        """Fetches metrics and logs them, all but the newest ``keep``: those may still be on their way."""
-        count = len(self._undelivered) - keep
+    def _deliver(self, everything: bool = False) -> None:
+        """Fetches metrics and logs them, a record for every ``log_every`` steps.
+
+        While the devices are still at work on the newest steps, those are left for the next time, so that nothing
+        waits for them here; with ``everything`` it does.
+        """
+        newest = 0
+        if not everything and not self._undelivered[-1][1]["loss"].is_ready():  # type: ignore[attr-defined]
+            newest = self._config.log_every // self._config.steps_per_call
+        count = len(self._undelivered) - newest
         if count <= 0:
             return
         ready, self._undelivered = self._undelivered[:count], self._undelivered[count:]
-        values = jax.device_get([metrics for _, metrics in ready])
-        self._require_finite([step for step, _ in ready], [v["loss"] for v in values])
+        values = [(step, jax.device_get(metrics)) for step, metrics in ready]
+        self._require_finite([step for step, _ in values], [v["loss"] for _, v in values])
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        step = ready[-1][0]
-        steps = len(ready) * self._config.steps_per_call
-        record: dict[str, Any] = {"step": step, "rows": step * self._config.batch_size}
-        record |= {name: float(np.mean([v[name] for v in values])) for name in values[0]}
-        record["learning_rate"] = float(self._learning_rate(np.int32(step - 1)))
-        record["rows_per_second"] = steps * self._config.batch_size / seconds
-        record["input_wait_fraction"] = self._waited / seconds
-        record["elapsed_seconds"] = now - self._began
+        timing = {
+            "rows_per_second": count * self._config.steps_per_call * self._config.batch_size / seconds,
+            "input_wait_fraction": self._waited / seconds,
+            "elapsed_seconds": now - self._began,
+        }
         self._waited = 0.0
-        self._log.write(record)
+        for _, window in itertools.groupby(values, key=lambda item: (item[0] - 1) // self._config.log_every):
+            self._log.write(self._record(list(window)) | timing)
+
+    def _record(self, window: list[tuple[int, dict[str, np.ndarray]]]) -> dict[str, Any]:
+        """The means of the metrics of consecutive steps, under the number of the last."""
+        step = window[-1][0]
+        record: dict[str, Any] = {"step": step, "rows": step * self._config.batch_size}
+        record |= {name: float(np.mean([v[name] for _, v in window])) for name in window[0][1]}
+        return record | {"learning_rate": float(self._learning_rate(np.int32(step - 1)))}
 
     def _require_finite(self, steps: list[int], losses: list[np.ndarray]) -> None:
         """Raises RunFailed naming the first steps whose loss is not finite; nothing of them was saved."""
@@ -188,7 +201,7 @@ class _Loop:
 
     def _save(self, state: TrainState) -> None:
         """Delivers every metric, validates, and starts writing a checkpoint."""
-        self._deliver(keep=0)
+        self._deliver(everything=True)
         metrics = self._validate(state)
         if metrics:
             self._log.write({"step": self._step, **metrics})

@@ -1,10 +1,11 @@
 """The threshold of sparsemax in plain JAX: the definition by sorting, and Newton's method without a sort.
 
-Both take rows ``z [B, M]`` of float32 or float64 with M >= 1 and give ``(top [B, 1], tau [B, 1], count [B, 1])``: the
-row maximum, the threshold relative to it, and the size of the support (int32), so that
-``p = max(z - top - tau, 0)``. Differences are formed after the maximum is subtracted, which keeps rows with a large
-offset exact. Entries of -inf have p = 0. A row with NaN, with +inf or with nothing but -inf has a NaN threshold.
-With ``axis_name`` the columns are sharded over that mapped axis.
+Both take rows ``z [B, M]`` of any float dtype with M >= 1 and give ``(top [B, 1], tau [B, 1], count [B, 1])``: the row
+maximum, the threshold relative to it, and the size of the support (int32), so that ``p = max((z - top) - tau, 0)``.
+``top`` and ``tau`` are float32, or float64 for float64 scores. Differences are formed after the maximum is
+subtracted, which keeps rows with a large offset exact. Entries of -inf have p = 0. A row with NaN, with +inf or with
+nothing but -inf has tau NaN and count 0. With ``axis_name`` the columns are sharded over that mapped axis, and the
+results are the same on all of it.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,20 @@ Threshold = tuple[jax.Array, jax.Array, jax.Array]
 Sums = tuple[jax.Array, jax.Array]
 Sweep = Callable[[jax.Array, jax.Array, jax.Array], Sums]
 
-_GROUPS = 1024  # maxima of strided groups that the warm start is computed from
+_GROUPS = 512  # strided groups whose maxima the start is computed from
 _CHUNK = 128  # columns per step of the loop that XLA:CPU vectorises
+_BLOCK = 8  # rows that are solved together on CPU, from the second-level cache
 _MAX_SWEEPS = 100
+
+
+def compute_dtype(z: jax.Array) -> jnp.dtype:
+    """float64 for float64 scores, float32 for all others."""
+    return jnp.dtype(jnp.float64 if z.dtype == jnp.float64 else jnp.float32)
 
 
 def sort_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
     """The definition: Martins and Astudillo 2016 (arXiv 1602.02068), Algorithm 1, by sorting."""
+    z = z.astype(compute_dtype(z))
     if axis_name is not None:
         z = lax.all_gather(z, axis_name, axis=1, tiled=True)
     top = jnp.max(z, axis=-1, keepdims=True)
@@ -35,32 +43,62 @@ def sort_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
     inside = (descending > candidates) & ~jnp.isneginf(descending)
     count = jnp.sum(inside, axis=-1, keepdims=True, dtype=jnp.int32)
     tau = jnp.take_along_axis(candidates, jnp.maximum(count - 1, 0), axis=-1)
-    if axis_name is not None:  # equal on all devices, and now known to be
-        top, tau, count = lax.pmax((top, tau, count), axis_name)
-    return top, _nan_where_undefined(tau, z, top, axis_name), count
+    nan = jnp.any(jnp.isnan(z), axis=-1, keepdims=True)  # max may drop NaN on CPU
+    found = _checked(top, jnp.where(nan, jnp.nan, tau), count)
+    # Equal everywhere already; the maximum tells shard_map so.
+    return found if axis_name is None else lax.pmax(found, axis_name)
 
 
 def newton_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
     """Newton's method (Michelot 1986) on f(tau) = sum max(z - tau, 0) - 1, from the left.
 
     It starts from the threshold of a subset of the row, the maxima of strided groups: a lower bound of the
-    row's own that leaves two to four sweeps over the row instead of about ten. On CPU a sweep is a loop over
-    column chunks, which XLA vectorises there as it does not the plain reduction.
+    row's own that leaves two to four sweeps over the row instead of about ten.
+
+    On CPU a sweep is a loop over chunks of columns, which XLA vectorises there as it does not the plain
+    reduction, and a few rows are solved at a time, which stay in cache from one sweep to the next: three times
+    faster at (1024, 4608) and twice at (256, 49152) than all rows together.
     """
+    chunked = partial(_solve, axis_name=axis_name, sweep=_chunked_sums)
+    on_cpu = chunked if axis_name is not None else partial(_solve_in_blocks, solve=chunked)
+    return lax.platform_dependent(
+        z, cpu=on_cpu, default=partial(_solve, axis_name=axis_name, sweep=_plain_sums)
+    )
+
+
+def _solve(z: jax.Array, *, axis_name: str | None, sweep: Sweep) -> Threshold:
+    dtype = compute_dtype(z)
     maxima = _group_maxima(z)
-    top = jnp.max(maxima, axis=-1, keepdims=True)
+    top = jnp.max(maxima, axis=-1, keepdims=True).astype(dtype)
     if axis_name is not None:
         top = lax.pmax(top, axis_name)
     anchor = jnp.where(jnp.isfinite(top), top, 0)  # a row with an infinite maximum has no threshold anyway
-
-    def solve(sweep: Sweep) -> Sums:
-        below, _ = _newton(partial(sweep, maxima, anchor), jnp.full_like(top, -1), axis_name)
+    start = jnp.full_like(top, -1)
+    if maxima is not z:
+        below, _ = _newton(partial(sweep, maxima, anchor), start, axis_name)
         # Rounding must not push the start above the threshold: f >= 0 there keeps Newton monotone.
-        start = jnp.maximum(below - 8 * jnp.finfo(z.dtype).eps, -1)
-        return _newton(partial(sweep, z, anchor), start, axis_name)
+        start = jnp.maximum(below - 8 * jnp.finfo(dtype).eps, start)
+    tau, count = _newton(partial(sweep, z, anchor), start, axis_name)
+    return _checked(top, tau, count.astype(jnp.int32))
 
-    tau, count = lax.platform_dependent(cpu=lambda: solve(_chunked_sums), default=lambda: solve(_plain_sums))
-    return top, _nan_where_undefined(tau, z, top, axis_name), count.astype(jnp.int32)
+
+def _solve_in_blocks(z: jax.Array, *, solve: Callable[[jax.Array], Threshold]) -> Threshold:
+    """``solve`` on _BLOCK rows after _BLOCK rows; the last block reaches back over rows that are done."""
+    rows = z.shape[0]
+    if rows <= _BLOCK:
+        return solve(z)
+
+    def place(i: jax.Array, found: Threshold) -> Threshold:
+        start = jnp.minimum(i * _BLOCK, rows - _BLOCK)
+        block = solve(lax.dynamic_slice_in_dim(z, start, _BLOCK))
+        top, tau, count = (
+            lax.dynamic_update_slice_in_dim(whole, part, start, 0)
+            for whole, part in zip(found, block, strict=True)
+        )
+        return top, tau, count
+
+    zeros = jnp.zeros_like(z[:, :1], dtype=compute_dtype(z))
+    return lax.fori_loop(0, -(-rows // _BLOCK), place, (zeros, zeros, zeros.astype(jnp.int32)))
 
 
 def _newton(sums: Callable[[jax.Array], Sums], start: jax.Array, axis_name: str | None) -> Sums:
@@ -86,9 +124,8 @@ def _newton(sums: Callable[[jax.Array], Sums], start: jax.Array, axis_name: str 
 
 def _plain_sums(z: jax.Array, anchor: jax.Array, tau: jax.Array) -> Sums:
     """Sum max(z - anchor - tau, 0) and the number of positive terms, each [B, 1], as two reductions."""
-    above = (z - anchor) - tau
-    total = jnp.sum(jnp.maximum(above, 0), axis=-1, keepdims=True)
-    return total, jnp.sum(above > 0, axis=-1, keepdims=True, dtype=z.dtype)
+    excess, inside = _excess(z, anchor, tau)
+    return jnp.sum(excess, axis=-1, keepdims=True), jnp.sum(inside, axis=-1, keepdims=True)
 
 
 def _chunked_sums(z: jax.Array, anchor: jax.Array, tau: jax.Array) -> Sums:
@@ -98,16 +135,22 @@ def _chunked_sums(z: jax.Array, anchor: jax.Array, tau: jax.Array) -> Sums:
         return _plain_sums(z, anchor, tau)
 
     def add(i: jax.Array, sums: Sums) -> Sums:
-        above = (lax.dynamic_slice_in_dim(z, i * _CHUNK, _CHUNK, axis=1) - anchor) - tau
-        return sums[0] + jnp.maximum(above, 0), sums[1] + (above > 0).astype(z.dtype)
+        excess, inside = _excess(lax.dynamic_slice_in_dim(z, i * _CHUNK, _CHUNK, axis=1), anchor, tau)
+        return sums[0] + excess, sums[1] + inside
 
-    zeros = jnp.zeros_like(z[:, :_CHUNK])
+    zeros = jnp.zeros_like(z[:, :_CHUNK], dtype=anchor.dtype)
     total, count = lax.fori_loop(0, chunks, add, (zeros, zeros))
     total, count = total.sum(-1, keepdims=True), count.sum(-1, keepdims=True)
     if rest:
         last = _plain_sums(z[:, chunks * _CHUNK :], anchor, tau)
         total, count = total + last[0], count + last[1]
     return total, count
+
+
+def _excess(z: jax.Array, anchor: jax.Array, tau: jax.Array) -> Sums:
+    """max(z - anchor - tau, 0), which keeps NaN as ``max`` may not on CPU, and 1 where it is positive."""
+    above = (z.astype(anchor.dtype) - anchor) - tau
+    return jnp.where(above <= 0, 0, above), (above > 0).astype(anchor.dtype)
 
 
 def _group_maxima(z: jax.Array) -> jax.Array:
@@ -123,9 +166,7 @@ def _group_maxima(z: jax.Array) -> jax.Array:
     return maxima
 
 
-def _nan_where_undefined(tau: jax.Array, z: jax.Array, top: jax.Array, axis_name: str | None) -> jax.Array:
-    """NaN for rows without a threshold. ``max`` may drop NaN on CPU, so NaN is looked for in the row."""
-    nan = jnp.any(jnp.isnan(z), axis=-1, keepdims=True)
-    if axis_name is not None:
-        nan = lax.psum(nan.astype(jnp.int32), axis_name) > 0
-    return jnp.where(nan | ~jnp.isfinite(top), jnp.nan, tau)
+def _checked(top: jax.Array, tau: jax.Array, count: jax.Array) -> Threshold:
+    """tau NaN and count 0 in rows that have no threshold."""
+    undefined = jnp.isnan(tau) | ~jnp.isfinite(top)
+    return top, jnp.where(undefined, jnp.nan, tau), jnp.where(undefined, 0, count)
