@@ -104,21 +104,21 @@ def _solve_in_blocks(z: jax.Array, *, solve: Callable[[jax.Array], Threshold]) -
 def _newton(sums: Callable[[jax.Array], Sums], start: jax.Array, axis_name: str | None) -> Sums:
     """(tau [B, 1], count [B, 1]) from the lower bound ``start``; ``sums(tau)`` is one sweep over the rows.
 
-    A row is done when its count stays the same or its tau no longer rises: the second rule ends the cycles
-    that rounding can make of the first alone.
+    A row is done, and kept as it is, when its count stays the same or its tau no longer rises: rounding would
+    make some rows go up and down for ever by the first rule alone.
     """
 
     def step(carry: tuple) -> tuple:
-        sweeps, tau, count, _ = carry
+        sweeps, tau, count, moving = carry
         total, new_count = sums(tau)
         if axis_name is not None:
             total, new_count = lax.psum((total, new_count), axis_name)
         new_tau = tau + (total - 1) / new_count
-        moving = (new_count != count) & ((new_tau > tau) | (count < 0))
-        return sweeps + 1, new_tau, new_count, jnp.any(moving)
+        still_moving = moving & (new_count != count) & ((new_tau > tau) | (count < 0))
+        return sweeps + 1, jnp.where(moving, new_tau, tau), jnp.where(moving, new_count, count), still_moving
 
-    begin = step((0, start, jnp.full_like(start, -1), True))
-    _, tau, count, _ = lax.while_loop(lambda carry: (carry[0] < _MAX_SWEEPS) & carry[3], step, begin)
+    begin = step((0, start, jnp.full_like(start, -1), jnp.full_like(start, True, dtype=bool)))
+    _, tau, count, _ = lax.while_loop(lambda carry: (carry[0] < _MAX_SWEEPS) & jnp.any(carry[3]), step, begin)
     return tau, count
 
 
