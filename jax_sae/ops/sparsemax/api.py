@@ -1,5 +1,6 @@
 """The public sparsemax: any axis, any batch shape, masked, sharded, differentiable twice."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_sae.ops.dispatch import resolve
-from jax_sae.ops.sparsemax.xla import Threshold, newton_threshold, sort_threshold
+from jax_sae.ops.sparsemax.xla import Threshold, compute_dtype, newton_threshold, sort_threshold
 
 _IMPLEMENTATIONS: dict[str, Callable[[jax.Array, str | None], Threshold]] = {
     "xla": newton_threshold,
@@ -31,10 +32,11 @@ def sparsemax(
     Sparse where softmax is dense: every score below the threshold tau gets exactly 0.
 
     Args:
-      z: scores, any shape, float or integer (computed as float32). float16 and bfloat16 are computed in float32.
+      z: scores, any shape, float or integer. float64 is computed in float64, everything else in float32.
       axis: the axis to project along; at least one entry.
       where: boolean, broadcastable to ``z``; entries that are False take no part and get p = 0.
-      axis_name: inside ``shard_map`` or ``pmap``, the mapped axis that ``axis`` is sharded over.
+      axis_name: inside ``shard_map`` or ``pmap``, the mapped axis that ``axis`` is sharded over: a row is then the
+        concatenation of its shards.
       implementation: ``"xla"`` (Newton's method, no sort) or ``"sort"`` (the definition); None chooses. A name
         is used or refused, it never falls back.
 
@@ -58,8 +60,9 @@ def sparsemax(
     References:
       Martins and Astudillo 2016, "From Softmax to Sparsemax" (arXiv 1602.02068), equations 1, 11 and 14.
     """
-    rows, restore = _as_rows(z, axis, where, implementation)
-    return restore(_sparsemax(rows, axis_name, implementation)).astype(_result_dtype(z))
+    rows, mask, shape = _as_rows(z, axis, where, implementation)
+    p = _sparsemax(rows, mask, axis_name, implementation)
+    return jnp.moveaxis(p.reshape(shape), -1, axis)
 
 
 def sparsemax_jvp(
@@ -93,11 +96,12 @@ def sparsemax_jvp(
       >>> sparsemax_jvp(jnp.array([0.5, 1.5, 1.25, -3.0]), jnp.array([1.0, 2.0, 4.0, 0.0]))[1]
       Array([ 0., -1.,  1.,  0.], dtype=float32)
     """
-    rows, restore = _as_rows(z, axis, where, implementation)
-    tangents, _ = _as_rows(tangent, axis, None, implementation)
-    p, out = jax.jvp(lambda z: _sparsemax_with_jvp(z, axis_name, implementation), (rows,), (tangents,))
-    dtype = _result_dtype(z)
-    return restore(p).astype(dtype), restore(out).astype(dtype)
+    rows, mask, shape = _as_rows(z, axis, where, implementation)
+    tangents, _, _ = _as_rows(tangent, axis, None, implementation)
+    forward = lambda rows: _sparsemax_with_jvp(rows, mask, axis_name, implementation)  # noqa: E731
+    both = jax.jvp(forward, (rows,), (tangents.astype(rows.dtype),))
+    p, derivative = (jnp.moveaxis(out.reshape(shape), -1, axis) for out in both)
+    return p, derivative
 
 
 def sparsemax_threshold(
@@ -124,7 +128,11 @@ def sparsemax_threshold(
     Raises:
       ValueError: as for :func:`sparsemax`.
 
-    Derivatives: that of tau is the mean of the scores' over the support; count has none.
+    tau is rounded to its dtype: far from 0, a score within one rounding of tau may compare otherwise with it than
+    :func:`sparsemax`, which takes the row maximum off first, and ``count`` do.
+
+    Derivatives: d tau is the mean of dz over the support (0 for entries tied with tau), in forward and reverse mode;
+    count has none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,98 +141,105 @@ def sparsemax_threshold(
       >>> float(tau), int(count)
       (0.875, 2)
     """
-    rows, _ = _as_rows(z, axis, where, implementation)
-    tau, count = _threshold(rows, axis_name, implementation)
-    shape = z.shape[: axis % z.ndim] + z.shape[axis % z.ndim + 1 :]
-    return tau.reshape(shape), count.reshape(shape)
+    rows, mask, shape = _as_rows(z, axis, where, implementation)
+    top, tau, count = _threshold(rows, mask, axis_name, implementation)
+    return (top + tau).reshape(shape[:-1]), count.reshape(shape[:-1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _sparsemax(z: jax.Array, axis_name: str | None, implementation: str | None) -> jax.Array:
-    return _sparsemax_with_jvp(z, axis_name, implementation)
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _sparsemax(z: jax.Array, where: jax.Array | None, axis_name: str | None, implementation: str | None) -> jax.Array:
+    return _sparsemax_with_jvp(z, where, axis_name, implementation)
 
 
-def _forward(z: jax.Array, axis_name: str | None, implementation: str | None) -> tuple[jax.Array, jax.Array]:
-    p = _sparsemax_with_jvp(z, axis_name, implementation)
+def _forward(
+    z: jax.Array, where: jax.Array | None, axis_name: str | None, implementation: str | None
+) -> tuple[jax.Array, jax.Array]:
+    p = _sparsemax_with_jvp(z, where, axis_name, implementation)
     return p, p
 
 
 def _backward(
     axis_name: str | None, implementation: str | None, p: jax.Array, cotangent: jax.Array
-) -> tuple[jax.Array]:
-    return (_project(p, cotangent, axis_name),)
+) -> tuple[jax.Array, None]:
+    return _project(p, cotangent, axis_name), None
 
 
 _sparsemax.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _sparsemax_with_jvp(z: jax.Array, axis_name: str | None, implementation: str | None) -> jax.Array:
-    top, tau, _ = resolve(implementation, _IMPLEMENTATIONS, default="xla")(z, axis_name)
-    return jnp.maximum((z - top) - tau, 0)
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _sparsemax_with_jvp(
+    z: jax.Array, where: jax.Array | None, axis_name: str | None, implementation: str | None
+) -> jax.Array:
+    z = _masked(z, where)
+    top, tau, _ = _solver(implementation)(z, axis_name)
+    return jnp.maximum((z.astype(top.dtype) - top) - tau, 0).astype(z.dtype)
 
 
 @_sparsemax_with_jvp.defjvp
 def _sparsemax_jvp(
-    axis_name: str | None, implementation: str | None, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+    axis_name: str | None, implementation: str | None, primals: tuple, tangents: tuple
 ) -> tuple[jax.Array, jax.Array]:
-    p = _sparsemax_with_jvp(primals[0], axis_name, implementation)
-    # Rematerialised, so that reverse mode through this rule keeps p alone.
-    tangent = jax.checkpoint(partial(_project, axis_name=axis_name), prevent_cse=False)(p, tangents[0])
-    return p, tangent
+    p = _sparsemax_with_jvp(*primals, axis_name, implementation)
+    # Rematerialised, so that reverse mode keeps p alone: the p that the caller's next operation keeps anyway.
+    project = jax.checkpoint(partial(_project, axis_name=axis_name), prevent_cse=False)
+    return p, project(p, tangents[0])
 
 
 def _project(p: jax.Array, vector: jax.Array, axis_name: str | None) -> jax.Array:
-    """S * (v - mean of v over the support): the symmetric Jacobian at p applied to v; NaN rows stay NaN."""
-    support = p > 0
-    count = jnp.sum(support, axis=-1, keepdims=True, dtype=p.dtype)
+    """The symmetric Jacobian at p times a vector: on the support, the vector minus its mean there."""
+    support = p != 0  # with NaN, so that NaN rows stay NaN
+    ones = jnp.sign(p.astype(compute_dtype(p)))  # 0, 1 or NaN
+    vector = vector.astype(ones.dtype)
+    count = jnp.sum(ones, axis=-1, keepdims=True)
     total = jnp.sum(jnp.where(support, vector, 0), axis=-1, keepdims=True)
     if axis_name is not None:  # apart: a joint psum of the two cannot be transposed
         count, total = lax.psum(count, axis_name), lax.psum(total, axis_name)
-    projected = jnp.where(support, vector - total / jnp.maximum(count, 1), 0)
-    return jnp.where(jnp.isnan(p), p, projected)
+    return jnp.where(support, vector - total / count, 0).astype(p.dtype)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _threshold(z: jax.Array, axis_name: str | None, implementation: str | None) -> tuple[jax.Array, jax.Array]:
-    top, tau, count = resolve(implementation, _IMPLEMENTATIONS, default="xla")(z, axis_name)
-    return top + tau, jnp.where(jnp.isnan(tau), 0, count)
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _threshold(z: jax.Array, where: jax.Array | None, axis_name: str | None, implementation: str | None) -> Threshold:
+    return _solver(implementation)(_masked(z, where), axis_name)
 
 
 @_threshold.defjvp
 def _threshold_jvp(
-    axis_name: str | None, implementation: str | None, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple:
-    z = primals[0]
-    tau, count = _threshold(z, axis_name, implementation)
-    total = jnp.sum(jnp.where(z > tau, tangents[0], 0), axis=-1, keepdims=True)
+    axis_name: str | None, implementation: str | None, primals: tuple, tangents: tuple
+) -> tuple[Threshold, tuple]:
+    """The derivative of top + tau stands with tau; that of top is 0, since only their sum is used."""
+    z = _masked(*primals)
+    top, tau, count = _threshold(*primals, axis_name, implementation)
+    support = ~((z.astype(top.dtype) - top) - tau <= 0)  # all of a row whose tau is NaN
+    total = jnp.sum(jnp.where(support, tangents[0].astype(top.dtype), 0), axis=-1, keepdims=True)
     if axis_name is not None:
         total = lax.psum(total, axis_name)
-    return (tau, count), (total / count, jnp.zeros(count.shape, jax.dtypes.float0))
+    mean = total / jnp.where(jnp.isnan(tau), jnp.nan, count)
+    return (top, tau, count), (jnp.zeros_like(top), mean, jnp.zeros(count.shape, jax.dtypes.float0))
+
+
+def _solver(implementation: str | None) -> Callable[[jax.Array, str | None], Threshold]:
+    return resolve(implementation, _IMPLEMENTATIONS, default="xla")
+
+
+def _masked(z: jax.Array, where: jax.Array | None) -> jax.Array:
+    return z if where is None else jnp.where(where, z, -jnp.inf)
 
 
 def _as_rows(
     z: jax.Array, axis: int, where: jax.Array | None, implementation: str | None
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
-    """``z`` as rows [B, M] in the dtype of the computation, and how to put rows back."""
-    resolve(implementation, _IMPLEMENTATIONS, default="xla")  # an unknown name is refused before anything runs
+) -> tuple[jax.Array, jax.Array | None, tuple[int, ...]]:
+    """(z [B, M], where [B, M] or None, the shape of z with ``axis`` last)."""
+    _solver(implementation)  # an unknown name is refused before anything runs
     z = jnp.asarray(z)
     if not -z.ndim <= axis < z.ndim:
         raise ValueError(f"axis is {axis} for scores of shape {z.shape}; expected an axis of the scores")
     if z.shape[axis] == 0:
-        raise ValueError(f"scores have shape {z.shape}, empty along axis {axis}; sparsemax needs an entry")
-    compute = jnp.promote_types(_result_dtype(z), jnp.float32)
-    moved = jnp.moveaxis(z.astype(compute), axis, -1)
+        raise ValueError(f"scores have shape {z.shape}, empty along axis {axis}; expected at least one entry")
+    if not jnp.issubdtype(z.dtype, jnp.floating):
+        z = z.astype(jnp.float32)
+    moved = jnp.moveaxis(z, axis, -1)
+    rows = (math.prod(moved.shape[:-1]), moved.shape[-1])
     if where is not None:
-        mask = jnp.moveaxis(jnp.broadcast_to(where, z.shape), axis, -1)
-        moved = jnp.where(mask, moved, -jnp.inf)
-
-    def restore(rows: jax.Array) -> jax.Array:
-        return jnp.moveaxis(rows.reshape(moved.shape), -1, axis)
-
-    return moved.reshape(-1, moved.shape[-1]), restore
-
-
-def _result_dtype(z: jax.Array) -> jnp.dtype:
-    dtype = jnp.asarray(z).dtype
-    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.dtype(jnp.float32)
+        where = jnp.moveaxis(jnp.broadcast_to(where, z.shape), axis, -1).reshape(rows)
+    return moved.reshape(rows), where, moved.shape

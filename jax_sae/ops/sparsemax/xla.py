@@ -61,9 +61,7 @@ def newton_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
     """
     chunked = partial(_solve, axis_name=axis_name, sweep=_chunked_sums)
     on_cpu = chunked if axis_name is not None else partial(_solve_in_blocks, solve=chunked)
-    return lax.platform_dependent(
-        z, cpu=on_cpu, default=partial(_solve, axis_name=axis_name, sweep=_plain_sums)
-    )
+    return lax.platform_dependent(z, cpu=on_cpu, default=partial(_solve, axis_name=axis_name, sweep=_plain_sums))
 
 
 def _solve(z: jax.Array, *, axis_name: str | None, sweep: Sweep) -> Threshold:
@@ -84,20 +82,19 @@ def _solve(z: jax.Array, *, axis_name: str | None, sweep: Sweep) -> Threshold:
 
 def _solve_in_blocks(z: jax.Array, *, solve: Callable[[jax.Array], Threshold]) -> Threshold:
     """``solve`` on _BLOCK rows after _BLOCK rows; the last block reaches back over rows that are done."""
-    rows = z.shape[0]
+    rows, dtype = z.shape[0], compute_dtype(z)
     if rows <= _BLOCK:
         return solve(z)
 
     def place(i: jax.Array, found: Threshold) -> Threshold:
         start = jnp.minimum(i * _BLOCK, rows - _BLOCK)
-        block = solve(lax.dynamic_slice_in_dim(z, start, _BLOCK))
+        block = solve(lax.dynamic_slice_in_dim(z, start, _BLOCK).astype(dtype))
         top, tau, count = (
-            lax.dynamic_update_slice_in_dim(whole, part, start, 0)
-            for whole, part in zip(found, block, strict=True)
+            lax.dynamic_update_slice_in_dim(whole, part, start, 0) for whole, part in zip(found, block, strict=True)
         )
         return top, tau, count
 
-    zeros = jnp.zeros_like(z[:, :1], dtype=compute_dtype(z))
+    zeros = jnp.zeros_like(z[:, :1], dtype=dtype)
     return lax.fori_loop(0, -(-rows // _BLOCK), place, (zeros, zeros, zeros.astype(jnp.int32)))
 
 
