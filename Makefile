@@ -42,7 +42,7 @@ demo: $(VENV)/.installed-demo
 	@echo "report: $(abspath $(DEMO))/report.html"
 
 test: $(VENV)/.installed-test
-	$(RUN) -m pytest $(PYTEST_FLAGS)
+	$(RUN) -m pytest --numprocesses=logical --dist=loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -164,6 +164,6 @@ def _group_maxima(z: jax.Array) -> jax.Array:
 
 
 def _checked(top: jax.Array, tau: jax.Array, count: jax.Array) -> Threshold:
-    """tau NaN and count 0 in rows that have no threshold."""
+    """Tau NaN and count 0 in rows that have no threshold."""
     undefined = jnp.isnan(tau) | ~jnp.isfinite(top)
     return top, jnp.where(undefined, jnp.nan, tau), jnp.where(undefined, 0, count)
