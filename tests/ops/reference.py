@@ -1,6 +1,11 @@
-"""sparsemax by sorting, in float64 NumPy."""
+"""sparsemax and its Jacobian in float64 NumPy, and the scores that they are tried on."""
 
 import numpy as np
+
+
+def scores(rows, width, scale=1.0, seed=0):
+    """[rows, width] float32, normal."""
+    return (scale * np.random.default_rng(seed).standard_normal((rows, width))).astype(np.float32)
 
 
 def sparsemax_rows(z):
@@ -14,3 +19,9 @@ def sparsemax_rows(z):
     count = (descending > means).sum(-1)
     tau = np.take_along_axis(means, count[:, None] - 1, -1)
     return np.maximum(shifted - tau, 0), (tau + top)[:, 0], count
+
+
+def jacobian(p):
+    """diag(s) - s s^T / |S| for one row: s is 1 on the support S and 0 elsewhere."""
+    s = (np.asarray(p) > 0).astype(np.float64)
+    return np.diag(s) - np.outer(s, s) / s.sum()

@@ -43,10 +43,12 @@ def sort_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
     inside = (descending > candidates) & ~jnp.isneginf(descending)
     count = jnp.sum(inside, axis=-1, keepdims=True, dtype=jnp.int32)
     tau = jnp.take_along_axis(candidates, jnp.maximum(count - 1, 0), axis=-1)
-    nan = jnp.any(jnp.isnan(z), axis=-1, keepdims=True)  # max may drop NaN on CPU
-    found = _checked(top, jnp.where(nan, jnp.nan, tau), count)
-    # Equal everywhere already; the maximum tells shard_map so.
-    return found if axis_name is None else lax.pmax(found, axis_name)
+    undefined = jnp.any(jnp.isnan(z), axis=-1, keepdims=True) | ~jnp.isfinite(top)  # max may drop NaN on CPU
+    found = top, jnp.where(undefined, 0, tau), jnp.where(undefined, 0, count)
+    if axis_name is not None:  # equal everywhere already; the maximum, which may drop NaN too, tells shard_map so
+        found = lax.pmax(found, axis_name)
+    top, tau, count = found
+    return top, jnp.where(count == 0, jnp.nan, tau), count
 
 
 def newton_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
@@ -77,7 +79,8 @@ def _solve(z: jax.Array, *, axis_name: str | None, sweep: Sweep) -> Threshold:
         # Rounding must not push the start above the threshold: f >= 0 there keeps Newton monotone.
         start = jnp.maximum(below - 8 * jnp.finfo(dtype).eps, start)
     tau, count = _newton(partial(sweep, z, anchor), start, axis_name)
-    return _checked(top, tau, count.astype(jnp.int32))
+    undefined = jnp.isnan(tau) | ~jnp.isfinite(top)
+    return top, jnp.where(undefined, jnp.nan, tau), jnp.where(undefined, 0, count.astype(jnp.int32))
 
 
 def _solve_in_blocks(z: jax.Array, *, solve: Callable[[jax.Array], Threshold]) -> Threshold:
@@ -161,9 +164,3 @@ def _group_maxima(z: jax.Array) -> jax.Array:
         tail = jnp.pad(z[:, whole * _GROUPS :], ((0, 0), (0, _GROUPS - rest)), constant_values=-jnp.inf)
         maxima = jnp.maximum(maxima, tail)
     return maxima
-
-
-def _checked(top: jax.Array, tau: jax.Array, count: jax.Array) -> Threshold:
-    """Tau NaN and count 0 in rows that have no threshold."""
-    undefined = jnp.isnan(tau) | ~jnp.isfinite(top)
-    return top, jnp.where(undefined, jnp.nan, tau), jnp.where(undefined, 0, count)
