@@ -3,10 +3,13 @@
 from jax_sae.errors import InputError as InputError
 from jax_sae.ops import SparseCodes as SparseCodes
 from jax_sae.ops import batch_top_k_threshold as batch_top_k_threshold
+from jax_sae.ops import entmax as entmax
+from jax_sae.ops import jump_relu as jump_relu
 from jax_sae.ops import sparse_decode as sparse_decode
 from jax_sae.ops import sparsemax as sparsemax
 from jax_sae.ops import sparsemax_jvp as sparsemax_jvp
 from jax_sae.ops import sparsemax_threshold as sparsemax_threshold
+from jax_sae.ops import step_above as step_above
 from jax_sae.ops import to_codes as to_codes
 from jax_sae.ops import top_k_mask as top_k_mask
 from jax_sae.sae import Preset as Preset
@@ -18,6 +21,9 @@ from jax_sae.sae import dead_concepts as dead_concepts
 from jax_sae.sae import init_stats as init_stats
 from jax_sae.sae import sae_loss as sae_loss
 from jax_sae.sae import update_stats as update_stats
+from jax_sae.sweep import member_state as member_state
+from jax_sae.sweep import stack_states as stack_states
+from jax_sae.sweep import sweep_train_step as sweep_train_step
 from jax_sae.training import TrainState as TrainState
 from jax_sae.training import eval_step as eval_step
 from jax_sae.training import init_train_state as init_train_state

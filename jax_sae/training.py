@@ -46,7 +46,7 @@ class TrainState:
 
 
 def make_optimizer(
-    learning_rate: float,
+    learning_rate: float | jax.Array,
     *,
     total_steps: int,
     warmup_steps: int = 200,
@@ -58,7 +58,7 @@ def make_optimizer(
     """Adam with the learning rate of :func:`learning_rate_schedule` and optional clipping.
 
     Args:
-      learning_rate: the peak.
+      learning_rate: the peak; [] float32, traced, inside :func:`jax_sae.sweep_train_step`.
       total_steps: length of the run.
       warmup_steps: steps of linear warm-up.
       decay_fraction: the last part of the run, over which the rate falls linearly to 0; 0 keeps it constant.
@@ -74,7 +74,7 @@ def make_optimizer(
 
 
 def learning_rate_schedule(
-    learning_rate: float, *, total_steps: int, warmup_steps: int, decay_fraction: float
+    learning_rate: float | jax.Array, *, total_steps: int, warmup_steps: int, decay_fraction: float
 ) -> optax.Schedule:
     """Linear warm-up to ``learning_rate``, constant, then linear decay to 0 over the last steps.
 
@@ -114,6 +114,7 @@ def train_step(
     state: TrainState,
     batch: jax.Array,
     *,
+    row_weights: jax.Array | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step: pure, to be jitted, mapped, scanned or sharded.
@@ -123,6 +124,7 @@ def train_step(
       optimizer: what ``state.opt_state`` belongs to.
       state: the state before the step.
       batch: [B, d_in] rows of any float dtype.
+      row_weights: [B] factors on their reconstruction errors; see :func:`jax_sae.sae_loss`.
       axis_name: inside ``pmap``, the axis that the batch is split over; ``batch`` is then this device's part,
         and the result equals that of the whole batch on one device.
 
@@ -135,7 +137,9 @@ def train_step(
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
     loss_and_grad = jax.value_and_grad(sae_loss, has_aux=True)
-    (loss, (output, terms)), grads = loss_and_grad(state.model, state.stats, batch, state.step, axis_name=axis_name)
+    (loss, (output, terms)), grads = loss_and_grad(
+        state.model, state.stats, batch, state.step, row_weights=row_weights, axis_name=axis_name
+    )
     grads = all_mean(grads)
     model, opt_state = _update(config, optimizer, state, grads)
     stats = update_stats(config, state.stats, output.activations, axis_name=axis_name)
@@ -152,7 +156,7 @@ def forward_metrics(output: SAEOutput, x: jax.Array) -> Metrics:
     """
     x = x.astype(jnp.float32)
     unexplained = jnp.var(x - output.x_hat, axis=-1, ddof=1)
-    variance = jnp.var(x, axis=-1, ddof=1)
+    variance = jnp.var(x - x[:, :1], axis=-1, ddof=1)  # exactly 0 for a constant row, whatever its value
     varies = variance > 0
     fvu = jnp.where(varies, unexplained / jnp.where(varies, variance, 1.0), 0.0)
     active = jnp.mean(jnp.sum(output.activations != 0, axis=-1), dtype=jnp.float32)
@@ -165,7 +169,7 @@ def forward_metrics(output: SAEOutput, x: jax.Array) -> Metrics:
 
 def eval_step(config: SAEConfig, model: SparseAutoencoder, stats: SAEStats, x: jax.Array) -> Metrics:
     """The loss and the metrics of :func:`forward_metrics` on ``x [B, d_in]``; changes nothing."""
-    loss, (output, _) = sae_loss(model, stats, x, step=config.l1_warmup_steps, training=False)
+    loss, (output, _) = sae_loss(model, stats, x, step=config.sparsity_warmup_steps, training=False)
     return {"loss": loss, **forward_metrics(output, x)}
 
 
@@ -177,12 +181,15 @@ def _terms_to_report(terms: Metrics) -> Metrics:
 def _update(
     config: SAEConfig, optimizer: optax.GradientTransformation, state: TrainState, grads: SparseAutoencoder
 ) -> tuple[SparseAutoencoder, optax.OptState]:
-    """The optimizer's update, on the sphere of unit decoder rows where the configuration asks for it."""
+    """The optimizer's update: smaller for projections, and on the sphere of unit decoder rows, where configured."""
     if config.unit_norm_decoder:
         rows, grad = state.model.W_dec[...], grads.W_dec[...]
         unit = _unit_rows(rows)
         grads.W_dec[...] = grad - unit * jnp.sum(unit * grad, axis=-1, keepdims=True)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+    for name in ("W_Q", "W_K", "W_V"):
+        if hasattr(updates, name):
+            getattr(updates, name)[...] *= config.projection_rate
     model = optax.apply_updates(state.model, updates)
     if config.unit_norm_decoder:
         model.W_dec[...] = _unit_rows(model.W_dec[...])
@@ -267,15 +274,22 @@ def mesh_train_step(
     return sharded_step
 
 
-_CONCEPT_AXIS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "concepts": 0, "frequency": 0, "rows_since_fired": 0}
+# The axis of every array that has one entry for each concept; ``threshold`` of the statistics is a scalar.
+_CONCEPT_AXIS = {"W_enc": 1} | dict.fromkeys(
+    ("b_enc", "b_gate", "r_mag", "b_mag", "threshold", "W_dec", "concepts", "frequency", "rows_since_fired"), 0
+)
+
+
+def _names(path: tuple[Any, ...]) -> set[str]:
+    """The names of attributes and keys on the way to a leaf."""
+    return {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """The sharding of every leaf of ``state`` on ``mesh``: concepts over ``model``, the rest replicated."""
 
     def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
-        names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-        axes = [_CONCEPT_AXIS[name] for name in names if name in _CONCEPT_AXIS]
+        axes = [_CONCEPT_AXIS[name] for name in _names(path) if name in _CONCEPT_AXIS]
         if not axes or "model" not in mesh.axis_names:
             return NamedSharding(mesh, P())
         return NamedSharding(mesh, P(*("model" if i == axes[0] else None for i in range(leaf.ndim))))

@@ -14,12 +14,21 @@ import jax_sae
 from jax_sae import Preset, SAEConfig
 
 D, M, B, STEPS = 16, 64, 32, 20
+# What a name stands for: a preset, or one with settings of its own.
+EXTRA = {
+    "learned alpha": ("sparsemax_paper", dict(activation="entmax", learn_alpha=True)),
+    "jumprelu with a target": (
+        "jumprelu",
+        dict(target_l0=8.0, bandwidth=1.0, threshold_init=0.5, pre_activation_coefficient=0.1, dead_after_rows=64),
+    ),
+}
+NAMES = [*get_args(Preset), *EXTRA]
 
 
 @functools.cache
 def setup(name):
-    overrides = dict(dead_after_rows=64, k=4) if "topk" in name else {}
-    config = SAEConfig.preset(name, D, M, **overrides)
+    preset, overrides = EXTRA.get(name, (name, dict(dead_after_rows=64, k=4) if "topk" in name else {}))
+    config = SAEConfig.preset(preset, D, M, **overrides)
     optimizer = jax_sae.make_optimizer(3e-3, total_steps=STEPS, warmup_steps=5, clip_norm=1.0)
     mixing = np.random.default_rng(0).normal(size=(24, D))
     codes = np.maximum(np.random.default_rng(1).normal(size=(STEPS, B, 24)) - 1, 0)
@@ -55,14 +64,14 @@ def assert_same_run(actual, expected):
         np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", get_args(Preset))
+@pytest.mark.parametrize("name", NAMES)
 def test_pmap_on_eight_devices_equals_jit_on_one(name):
     config, optimizer, batches = setup(name)
     step = jax_sae.pmap_train_step(config, optimizer)
     assert_same_run(run(step, fresh(config, optimizer), batches), on_one_device(name))
 
 
-@pytest.mark.parametrize("name", get_args(Preset))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_mesh_over_rows_and_concepts_equals_jit_on_one(name):
     config, optimizer, batches = setup(name)
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -70,11 +79,13 @@ def test_a_mesh_over_rows_and_concepts_equals_jit_on_one(name):
     state = jax.device_put(state, jax_sae.state_shardings(state, mesh))
     actual = run(jax_sae.mesh_train_step(config, optimizer, mesh), state, batches)
     assert_same_run(actual, on_one_device(name))
-    big = actual[0].model.concepts if config.encoder == "attention" else actual[0].model.W_dec
-    assert big[...].sharding.spec[0] == "model", "concepts stay sharded"
+    over_concepts = ("concepts", "W_dec", "b_enc", "b_gate", "r_mag", "b_mag", "threshold")
+    for parameter, value in vars(actual[0].model).items():
+        if parameter in over_concepts:
+            assert value[...].sharding.spec[0] == "model", f"{parameter} stays sharded"
 
 
-@pytest.mark.parametrize("name", ["sparsemax", "batch_topk"])
+@pytest.mark.parametrize("name", ["sparsemax", "batch_topk", "matryoshka_batch_topk", "gated", "jumprelu", *EXTRA])
 def test_pmap_gradients_are_those_of_one_device(name):
     """With plain gradient descent the update is the gradient, so no optimizer hides a wrong scale."""
     config, _, batches = setup(name)
@@ -104,15 +115,14 @@ def test_pmap_names_a_batch_that_cannot_be_split():
         jax_sae.pmap_train_step(config, optimizer)(fresh(config, optimizer), batches[0, :30])
 
 
-@pytest.mark.parametrize("name", get_args(Preset))
+@pytest.mark.parametrize("name", NAMES)
 def test_training_lowers_the_loss_and_counts_steps(name):
     config, optimizer, batches = setup(name)
     state, _ = on_one_device(name)
     assert state.step == STEPS and state.stats.steps == STEPS
     start = fresh(config, optimizer)
-    before, after = (
-        float(sum(jax_sae.eval_step(config, s.model, s.stats, x)["loss"] for x in batches)) for s in (start, state)
-    )
+    loss = jax.jit(lambda s, x: jax_sae.eval_step(config, s.model, s.stats, x)["loss"])
+    before, after = (float(sum(loss(s, x) for x in batches)) for s in (start, state))
     assert after < 0.97 * before
 
 
@@ -128,6 +138,19 @@ def test_unit_norm_decoder_stays_on_the_sphere_and_drops_the_parallel_gradient()
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
     after, _ = jax_sae.jit_train_step(config, optimizer)(before, batches[0])
     np.testing.assert_allclose(after.model.W_dec[...], expected, atol=2e-6)
+
+
+def test_row_weights_reach_the_loss():
+    config, optimizer, batches = setup("sparsemax")
+    step = jax.jit(
+        lambda state, batch, weights: jax_sae.train_step(config, optimizer, state, batch, row_weights=weights)
+    )
+    state, batch = fresh(config, optimizer), batches[0]
+    first_half = (np.arange(B) < B // 2).astype(np.float32)
+    losses = [float(step(state, batch, weights)[1]["loss"]) for weights in (first_half, 1 - first_half, np.ones(B))]
+    assert losses[0] + losses[1] == pytest.approx(losses[2], rel=1e-6) and abs(losses[0] - losses[1]) > 1e-3
+    (_, whole), (_, of_half) = step(state, batch[: B // 2].repeat(2, 0), np.ones(B)), step(state, batch, first_half)
+    assert float(of_half["grad_norm"]) == pytest.approx(float(whole["grad_norm"]) / 2, rel=1e-4)
 
 
 def test_the_state_is_donated():
@@ -158,7 +181,7 @@ def test_metrics_are_what_they_say():
     assert float(metrics["fvu"]) == pytest.approx((error.var(-1, ddof=1) / x.var(-1, ddof=1)).mean(), rel=1e-5)
     assert float(metrics["active"]) == pytest.approx(active, rel=1e-6)
     assert float(metrics["l0"]) == pytest.approx(1 - active / M, rel=1e-6)
-    terms = float(metrics["loss_reconstruction"] + metrics["loss_l1"])
+    terms = float(metrics["loss_reconstruction"] + metrics["loss_sparsity"])
     assert float(metrics["loss"]) == pytest.approx(terms, rel=1e-6)
 
 

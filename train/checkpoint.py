@@ -66,6 +66,15 @@ class Checkpoints:
             return min(found, key=lambda c: (_validation_fvu(c.metrics or {}), -c.step)).step
         return max(c.step for c in found)
 
+    def steps(self) -> set[int]:
+        """The steps of all checkpoints."""
+        return {found.step for found in self._checkpointer.checkpoints}
+
+    def delete_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps."""
+        for later in sorted(found for found in self.steps() if found > step):
+            self._checkpointer.delete(later)
+
     def restore(self, abstract_state: TrainState, step: int) -> TrainState:
         """The state saved at ``step``, on the devices of ``abstract_state``.
 

@@ -20,6 +20,10 @@ LEARNING_RATES: dict[Preset, float] = {
     "relu": 1e-3,
     "topk": 1e-3,
     "batch_topk": 1e-3,
+    "matryoshka_batch_topk": 1e-3,
+    "jumprelu": 1e-3,
+    "gated": 1e-3,
+    "entmax": 2e-3,
 }
 
 Overrides = dataclasses.make_dataclass(
@@ -50,6 +54,7 @@ class TrainConfig:
       batch_size: rows per step, over all devices and hosts.
       n_concepts: size of the dictionary; 8 times the width of the data without it.
       seed: of the initial parameters and of the order of the data.
+      data_seed: of the order of the data, where it is to differ from the seed.
       learning_rate: peak learning rate; the preset's own without it.
       warmup_steps: steps of linear warm-up.
       decay_fraction: the last part of the run over which the learning rate falls linearly to 0.
@@ -73,6 +78,7 @@ class TrainConfig:
     batch_size: int = 1024
     n_concepts: int | None = None
     seed: int = 0
+    data_seed: int | None = None
     learning_rate: float | None = None
     warmup_steps: int = 200
     decay_fraction: float = 0.2
@@ -100,6 +106,8 @@ class TrainConfig:
         for name in ("warmup_steps", "validation_rows", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 0")
+        if self.data_seed is not None and self.data_seed < 0:
+            raise InputError(f"--data-seed is {self.data_seed}; expected at least 0")
         for name in ("decay_fraction", "holdout"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected a fraction in [0, 1)")
@@ -139,7 +147,7 @@ class ResolvedConfig:
             "data": str(self.train.data),
             "workdir": str(self.train.workdir),
             "mesh": list(self.train.mesh) if self.train.mesh else None,
-            "sae": dataclasses.asdict(self.sae),
+            "sae": dataclasses.asdict(self.sae) | {"group_fractions": list(self.sae.group_fractions)},
             "source": self.source,
             "fingerprint": self.fingerprint,
         }
@@ -153,6 +161,7 @@ class ResolvedConfig:
         fields |= {name: Path(fields[name]) for name in ("data", "workdir")}
         fields["mesh"] = tuple(fields["mesh"]) if fields["mesh"] else None
         train = TrainConfig(**fields)
+        sae |= {"group_fractions": tuple(sae["group_fractions"])}
         return cls(train, SAEConfig(**sae), source, fingerprint)
 
 

@@ -1,10 +1,16 @@
-"""Logs of a run: metrics.jsonl, TensorBoard events, and a progress bar on a terminal."""
+"""Logs of a run: metrics off the devices, metrics.jsonl, TensorBoard events, a progress bar on a terminal."""
 
+import contextlib
+import itertools
 import json
 import os
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -20,9 +26,10 @@ class RunLog:
         written after its last checkpoint, are removed first.
       steps: where it ends.
       batch_size: rows per step.
+      progress: whether to show the bar.
     """
 
-    def __init__(self, workdir: Path, *, step: int, steps: int, batch_size: int):
+    def __init__(self, workdir: Path, *, step: int, steps: int, batch_size: int, progress: bool = True):
         path = workdir / "metrics.jsonl"
         _keep_until(path, step)
         self._lines = path.open("a", encoding="utf-8")
@@ -33,7 +40,7 @@ class RunLog:
             unit=" rows",
             unit_scale=True,
             desc="train",
-            disable=None,
+            disable=None if progress else True,
         )
         self._batch_size = batch_size
 
@@ -58,6 +65,73 @@ class RunLog:
         self._lines.close()
         self._events.close()
         self._bar.close()
+
+
+class PendingMetrics:
+    """Metrics of steps that the devices may still be at work on, and the time that the steps take.
+
+    Args:
+      batch_size: rows per step.
+      log_every: steps that :func:`averaged` puts into one record.
+      steps_per_call: steps that one dispatch takes.
+    """
+
+    def __init__(self, *, batch_size: int, log_every: int, steps_per_call: int = 1):
+        self._rows_per_call = batch_size * steps_per_call
+        self._calls_per_record = log_every // steps_per_call
+        self._pending: list[tuple[int, Any]] = []
+        self._waited = 0.0
+        self._began = self._clock = time.perf_counter()
+
+    def add(self, step: int, metrics: Any) -> None:
+        """Notes what a call that ended with ``step`` gave: any tree of arrays on devices."""
+        self._pending.append((step, metrics))
+
+    @contextlib.contextmanager
+    def waiting_for_input(self) -> Iterator[None]:
+        """Counts the time within as spent waiting for data."""
+        asked = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - asked
+
+    def restart_clock(self) -> None:
+        """Leaves the time until now, of a validation say, out of the next rate."""
+        self._clock = time.perf_counter()
+
+    def fetch(self, *, everything: bool = False) -> tuple[list[tuple[int, Any]], dict[str, float]]:
+        """Brings metrics to the host.
+
+        While the devices are still at work on the newest steps, those are left for the next time, so that nothing
+        waits for them here; with ``everything`` it does.
+
+        Returns:
+          ((step, metrics) of every call, the timing of these calls).
+        """
+        newest = 0
+        if not everything and not all(leaf.is_ready() for leaf in jax.tree.leaves(self._pending[-1][1])):
+            newest = self._calls_per_record
+        count = len(self._pending) - newest
+        if count <= 0:
+            return [], {}
+        ready, self._pending = self._pending[:count], self._pending[count:]
+        values = [(step, jax.device_get(metrics)) for step, metrics in ready]
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        waited, self._waited = self._waited, 0.0
+        return values, {
+            "rows_per_second": count * self._rows_per_call / seconds,
+            "input_wait_fraction": waited / seconds,
+            "elapsed_seconds": now - self._began,
+        }
+
+
+def averaged(
+    values: Sequence[tuple[int, dict[str, np.ndarray]]], log_every: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """The means of the metrics of every ``log_every`` consecutive steps, under the number of the last."""
+    for _, group in itertools.groupby(values, key=lambda item: (item[0] - 1) // log_every):
+        window = list(group)
+        yield window[-1][0], {name: float(np.mean([v[name] for _, v in window])) for name in window[0][1]}
 
 
 def _keep_until(path: Path, step: int) -> None:

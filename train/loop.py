@@ -1,10 +1,8 @@
 """The training loop: it reads, dispatches, logs and saves; everything it computes is in the step."""
 
 import contextlib
-import itertools
 import math
 import signal
-import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import FrameType
@@ -13,17 +11,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_sae import TrainState, eval_step, init_train_state, learning_rate_schedule
+from jax_sae import SAEConfig, TrainState, eval_step, init_train_state
 from jax_sae.data import ActivationSet, load_batches, prefetch_to_device
-from jax_sae.training import Metrics
 
 from .checkpoint import Checkpoints, abstract
 from .cli import RunFailed
 from .config import ResolvedConfig, TrainConfig, resolve, workdir_of
 from .files import make_writable_folder, write_json
-from .logs import RunLog
+from .logs import PendingMetrics, RunLog, averaged
 from .parallel import Placement, place
-from .run import abstract_state_of, open_data, optimizer_of, refuse_other_run, survey, verify
+from .run import (
+    abstract_state_of,
+    learning_rate_at,
+    open_data,
+    optimizer_of,
+    refuse_other_run,
+    survey,
+    verify,
+)
 
 
 def train(config: TrainConfig) -> Path:
@@ -88,17 +93,6 @@ class _Loop:
         self._checkpoints = checkpoints
         self._workdir = workdir
         self._step = start
-        self._eval_step = jax.jit(eval_step, static_argnums=0)
-        assert self._config.learning_rate is not None  # resolved
-        self._learning_rate = learning_rate_schedule(
-            self._config.learning_rate,
-            total_steps=self._config.steps,
-            warmup_steps=self._config.warmup_steps,
-            decay_fraction=self._config.decay_fraction,
-        )
-        self._undelivered: list[tuple[int, Metrics]] = []
-        self._clock = time.perf_counter()
-        self._waited = 0.0
 
     def run(self, state: TrainState) -> None:
         """Steps until the end of the run, or until a signal asks it to stop."""
@@ -111,14 +105,13 @@ class _Loop:
             contextlib.closing(self._batches()) as batches,
             stop_signals() as stop,
         ):
-            self._clock = self._began = time.perf_counter()
+            self._pending = PendingMetrics(batch_size=batch_size, log_every=config.log_every, steps_per_call=every_step)
             while self._step < config.steps:
-                asked = time.perf_counter()
-                batch = next(batches)
-                self._waited += time.perf_counter() - asked
+                with self._pending.waiting_for_input():
+                    batch = next(batches)
                 state, metrics = self._placement.step(state, batch)
                 self._step += every_step
-                self._undelivered.append((self._step, metrics))
+                self._pending.add(self._step, metrics)
                 self._log.advance(every_step)
                 stopping = bool(stop)  # asked once: a signal after this is dealt with after the next step
                 if stopping or self._step % config.checkpoint_every == 0 or self._step == config.steps:
@@ -129,10 +122,7 @@ class _Loop:
                     break
             self._checkpoints.wait()
         if self._step < config.steps:
-            print(
-                f"stopped by {signal.Signals(stop[0]).name} at step {self._step} of {config.steps}, saved in "
-                f"{self._workdir}; run the same command again to go on"
-            )
+            print(stopped(stop[0], self._step, config.steps, self._workdir))
 
     def _batches(self) -> Generator[jax.Array]:
         """Batches from the current step on, on their devices before they are needed."""
@@ -140,7 +130,7 @@ class _Loop:
         rows = load_batches(
             self._activations,
             config.batch_size,
-            config.seed,
+            order_seed(config),
             start=self._step,
             stop=config.steps,
             process_index=jax.process_index(),
@@ -151,37 +141,11 @@ class _Loop:
         return prefetch_to_device(rows, sharding=self._placement.batch)
 
     def _deliver(self, everything: bool = False) -> None:
-        """Fetches metrics and logs them, a record for every ``log_every`` steps.
-
-        While the devices are still at work on the newest steps, those are left for the next time, so that nothing
-        waits for them here; with ``everything`` it does.
-        """
-        newest = 0
-        if not everything and not self._undelivered[-1][1]["loss"].is_ready():  # type: ignore[attr-defined]
-            newest = self._config.log_every // self._config.steps_per_call
-        count = len(self._undelivered) - newest
-        if count <= 0:
-            return
-        ready, self._undelivered = self._undelivered[:count], self._undelivered[count:]
-        values = [(step, jax.device_get(metrics)) for step, metrics in ready]
+        """Logs what :meth:`PendingMetrics.fetch` gives, a record for every ``log_every`` steps."""
+        values, timing = self._pending.fetch(everything=everything)
         self._require_finite([step for step, _ in values], [v["loss"] for _, v in values])
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        timing = {
-            "rows_per_second": count * self._config.steps_per_call * self._config.batch_size / seconds,
-            "input_wait_fraction": self._waited / seconds,
-            "elapsed_seconds": now - self._began,
-        }
-        self._waited = 0.0
-        for _, window in itertools.groupby(values, key=lambda item: (item[0] - 1) // self._config.log_every):
-            self._log.write(self._record(list(window)) | timing)
-
-    def _record(self, window: list[tuple[int, dict[str, np.ndarray]]]) -> dict[str, Any]:
-        """The means of the metrics of consecutive steps, under the number of the last."""
-        step = window[-1][0]
-        record: dict[str, Any] = {"step": step, "rows": step * self._config.batch_size}
-        record |= {name: float(np.mean([v[name] for _, v in window])) for name in window[0][1]}
-        return record | {"learning_rate": float(self._learning_rate(np.int32(step - 1)))}
+        for step, means in averaged(values, self._config.log_every):
+            self._log.write(record(self._config, step, means) | timing)
 
     def _require_finite(self, steps: list[int], losses: list[np.ndarray]) -> None:
         """Raises RunFailed naming the first steps whose loss is not finite; nothing of them was saved."""
@@ -206,22 +170,52 @@ class _Loop:
         if metrics:
             self._log.write({"step": self._step, **metrics})
         self._checkpoints.save(state, self._step, metrics)
-        self._clock = time.perf_counter()
+        self._pending.restart_clock()
 
     def _validate(self, state: TrainState) -> dict[str, float]:
-        """Means over the first held-out rows, as ``val_*``; empty when no rows are held out."""
-        first = self._activations.train_rows
-        last = min(first + self._config.validation_rows, self._activations.rows)
-        totals: dict[str, float] = {}
-        for begin in range(first, last, self._config.batch_size):
-            x = self._activations.read(begin, min(begin + self._config.batch_size, last))
-            values = jax.device_get(self._eval_step(self._resolved.sae, state.model, state.stats, x))
-            for name in ("loss", "fvu", "active"):
-                totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(values[name]) * len(x)
-        means = {name: total / (last - first) for name, total in totals.items()}
+        means = validate(self._config, self._resolved.sae, state, self._activations)
         if not all(map(math.isfinite, means.values())):
             raise RunFailed(f"the validation loss is not finite at step {self._step}; the checkpoint before it is kept")
         return means
+
+
+_eval_step = jax.jit(eval_step, static_argnums=0)
+
+
+def validate(config: TrainConfig, sae: SAEConfig, state: TrainState, activations: ActivationSet) -> dict[str, float]:
+    """Means over the first held-out rows, as ``val_*``; empty when no rows are held out."""
+    first = activations.train_rows
+    last = min(first + config.validation_rows, activations.rows)
+    totals: dict[str, float] = {}
+    for begin in range(first, last, config.batch_size):
+        x = activations.read(begin, min(begin + config.batch_size, last))
+        values = jax.device_get(_eval_step(sae, state.model, state.stats, x))
+        for name in ("loss", "fvu", "active"):
+            totals[f"val_{name}"] = totals.get(f"val_{name}", 0.0) + float(values[name]) * len(x)
+    return {name: total / (last - first) for name, total in totals.items()}
+
+
+def order_seed(config: TrainConfig) -> int:
+    """The seed of the order of the data."""
+    return config.seed if config.data_seed is None else config.data_seed
+
+
+def record(config: TrainConfig, step: int, means: dict[str, float]) -> dict[str, Any]:
+    """A line of metrics.jsonl, but for the timing."""
+    return {
+        "step": step,
+        "rows": step * config.batch_size,
+        **means,
+        "learning_rate": learning_rate_at(config, step),
+    }
+
+
+def stopped(number: int, step: int, steps: int, workdir: Path) -> str:
+    """What to tell someone whose signal ended a run early."""
+    return (
+        f"stopped by {signal.Signals(number).name} at step {step} of {steps}, saved in {workdir}; "
+        "run the same command again to go on"
+    )
 
 
 def _stacked(batches: Iterator[np.ndarray], group: int) -> Iterator[np.ndarray]:

@@ -22,7 +22,8 @@ from jax_sae import InputError
 from . import cli, report_distributions
 from .charts import Chart, line_chart
 from .files import write_text
-from .report_files import Concepts, Metrics, read_concepts, read_config, read_evaluation, read_metrics
+from .metric_names import METRICS, MS_EMBEDDING
+from .report_files import Concepts, Metrics, read_concepts, read_config, read_evaluation, read_left_out, read_metrics
 from .report_text import (
     axis_labels,
     duration,
@@ -56,7 +57,7 @@ def render(workdir: Path) -> Path:
     metrics, evaluation, concepts = read_metrics(workdir), read_evaluation(workdir), read_concepts(workdir)
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     page = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             script=markupsafe.Markup(script),
@@ -65,12 +66,10 @@ def render(workdir: Path) -> Path:
             workdir=str(workdir),
             subject=_subject(config),
             preset=config["preset"],
-            tiles=_evaluated_tiles(evaluation) if evaluation else _training_tiles(metrics),
-            evaluation=evaluation,
             metrics=metrics,
+            **_evaluated(evaluation, read_left_out(workdir), metrics),
             training=_describe_training(config, metrics),
             curves=_curves(config, metrics),
-            losses=_losses(evaluation) if evaluation and "ce_clean" in evaluation else [],
             concepts=concepts,
             active=_active(config, concepts) if concepts else None,
             frequencies=_frequencies(concepts) if concepts else None,
@@ -82,7 +81,18 @@ def render(workdir: Path) -> Path:
     return write_text(workdir / "report.html", safe_document(page))
 
 
-def _environment() -> jinja2.Environment:
+def _evaluated(evaluation: dict[str, float] | None, left_out: dict[str, str], metrics: Metrics) -> dict[str, Any]:
+    """What the page says of the evaluation; without one, tiles of what training logged."""
+    return {
+        "evaluation": evaluation,
+        "tiles": _evaluated_tiles(evaluation) if evaluation else _training_tiles(metrics),
+        "measured": _measured(evaluation, left_out) if evaluation else [],
+        "ms_embedding": MS_EMBEDDING,
+        "losses": _losses(evaluation) if evaluation and "ce_clean" in evaluation else [],
+    }
+
+
+def environment() -> jinja2.Environment:
     """Templates in which everything from outside is escaped and a name that is missing is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -133,6 +143,28 @@ def _evaluated_tiles(evaluation: dict[str, float]) -> list[Tile]:
             Tile("Cross-entropy", f"{clean:.3f} → {spliced:.3f}", "clean → with SAE, nats per token"),
         ]
     return tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A row of the table of all metrics: its name, which way is better, its value or why it has none, its meaning."""
+
+    title: str
+    better: str
+    value: str
+    left_out: str
+    meaning: str
+
+
+def _measured(evaluation: dict[str, float], left_out: dict[str, str]) -> list[Measured]:
+    """Every number of the evaluation, and those that are missing with their reasons."""
+    rows = []
+    for metric in METRICS:
+        reason = left_out.get(metric.name.partition("_")[0], "")
+        value = metric.show(evaluation[metric.name]) if metric.name in evaluation else ""
+        if value or (reason and metric.better):
+            rows.append(Measured(metric.title, metric.better or "", value, "" if value else reason, metric.meaning))
+    return rows
 
 
 def _training_tiles(metrics: Metrics) -> list[Tile]:

@@ -21,6 +21,7 @@ SPLICED_LOSSES = (
     "ce_degradation",
     "loss_recovered",
 )
+LEFT_OUT = "_left_out"  # ends the name of a reason: "ms_left_out" says why there is no MS
 
 
 class Malformed(ValueError):
@@ -207,6 +208,13 @@ def _evaluation(fields: Any) -> dict[str, float]:
         if name not in numbers or not math.isfinite(numbers[name]):
             raise Malformed(f"{name} is {fields.get(name, 'missing')!r}, expected a finite number")
     return numbers
+
+
+def read_left_out(workdir: Path) -> dict[str, str]:
+    """Metric to the reason why ``evaluation.json``, which :func:`read_evaluation` accepts, does not have it."""
+    path = workdir / "evaluation.json"
+    fields = read_json(path) if path.exists() else {}
+    return {name.removesuffix(LEFT_OUT): str(why) for name, why in fields.items() if name.endswith(LEFT_OUT)}
 
 
 def read_concepts(workdir: Path) -> Concepts | None:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jax_sae import InputError, SAEConfig, TrainState, init_train_state, make_optimizer
+from jax_sae import InputError, SAEConfig, TrainState, init_train_state, learning_rate_schedule, make_optimizer
 from jax_sae.data import ActivationSet, Statistics, open_activations, scan
 
 from .checkpoint import Checkpoints, Which, abstract
@@ -49,16 +49,28 @@ class Run:
         return self.config.data
 
 
-def optimizer_of(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimizer of a resolved run."""
+def optimizer_of(config: TrainConfig, learning_rate: jax.Array | None = None) -> optax.GradientTransformation:
+    """The optimizer of a resolved run, or the same with another, perhaps traced, learning rate."""
     assert config.learning_rate is not None  # resolved
     return make_optimizer(
-        config.learning_rate,
+        config.learning_rate if learning_rate is None else learning_rate,
         total_steps=config.steps,
         warmup_steps=config.warmup_steps,
         decay_fraction=config.decay_fraction,
         clip_norm=config.clip_norm,
     )
+
+
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """The rate that a resolved run takes step ``step`` with, the first being 1."""
+    assert config.learning_rate is not None  # resolved
+    schedule = learning_rate_schedule(
+        config.learning_rate,
+        total_steps=config.steps,
+        warmup_steps=config.warmup_steps,
+        decay_fraction=config.decay_fraction,
+    )
+    return float(schedule(np.int32(step - 1)))
 
 
 def abstract_state_of(resolved: ResolvedConfig) -> TrainState:

@@ -1,7 +1,7 @@
 """Spliced cross-entropy: the loss of a language model that runs on through a reconstruction."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import jax
@@ -27,22 +27,34 @@ class LanguageModel(Protocol):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SplicedSums:
-    """Sums over predictions, in nats: one number each, float32 on the device, float64 once added up.
+class BaselineSums:
+    """What no autoencoder changes. Sums over predictions, in nats: one number each.
+
+    Float32 on the device, float64 once added up.
 
     Attributes:
       clean: the model as it is.
-      sae: with the reconstruction.
       mean_ablated: with the mean of the data.
       zero_ablated: with zeros.
       predictions: how many were summed.
     """
 
     clean: jax.Array | float
-    sae: jax.Array | float
     mean_ablated: jax.Array | float
     zero_ablated: jax.Array | float
     predictions: jax.Array | float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SplicedSums(BaselineSums):
+    """:class:`BaselineSums` and what one autoencoder makes of them.
+
+    Attributes:
+      sae: with the reconstruction.
+    """
+
+    sae: jax.Array | float
 
 
 def splice(residual: jax.Array, replacement: jax.Array, first_position: int) -> jax.Array:
@@ -82,25 +94,56 @@ def spliced_loss(
     Raises:
       InputError: there is no such position.
     """
+    variants = [_unchanged, reconstruct, _ablated_to(mean), jnp.zeros_like]
+    (clean, sae, mean_ablated, zero_ablated), n = _variant_sums(
+        backbone, layer, tokens, variants, first_position, weights
+    )
+    return SplicedSums(clean, mean_ablated, zero_ablated, n, sae)
+
+
+def baseline_loss(
+    backbone: LanguageModel,
+    layer: int,
+    tokens: jax.Array,
+    mean: jax.Array,
+    first_position: int,
+    weights: jax.Array | None = None,
+) -> BaselineSums:
+    """:func:`spliced_loss` without an autoencoder: the upper blocks run three times. Arguments as there."""
+    variants = [_unchanged, _ablated_to(mean), jnp.zeros_like]
+    (clean, mean_ablated, zero_ablated), n = _variant_sums(backbone, layer, tokens, variants, first_position, weights)
+    return BaselineSums(clean, mean_ablated, zero_ablated, n)
+
+
+def _variant_sums(
+    backbone: LanguageModel,
+    layer: int,
+    tokens: jax.Array,
+    variants: Sequence[Reconstruct],
+    first_position: int,
+    weights: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """[variants] sums of the losses with each replacement of the residual stream, and the number of predictions."""
     if tokens.shape[1] < first_position + 2:
         raise InputError(
             f"sequences have {tokens.shape[1]} tokens, expected at least {first_position + 2}: a prediction "
             f"at position {first_position} needs the token after it"
         )
     residual = backbone.residual(tokens, layer)
-    replacements = [
-        residual,
-        reconstruct(residual),
-        jnp.broadcast_to(mean, residual.shape),
-        jnp.zeros_like(residual),
-    ]
-    variants = jnp.stack([splice(residual, replacement, first_position) for replacement in replacements])
-    losses = jax.lax.map(lambda x: backbone.next_token_loss(x, tokens, layer), variants)
-    counted = losses[:, :, first_position:]  # [4, batch, length - 1 - first_position]
+    streams = jnp.stack([splice(residual, replace(residual), first_position) for replace in variants])
+    losses = jax.lax.map(lambda x: backbone.next_token_loss(x, tokens, layer), streams)
+    counted = losses[:, :, first_position:]  # [variants, batch, length - 1 - first_position]
     if weights is None:
         weights = jnp.ones(tokens.shape[0])
-    clean, sae, mean_ablated, zero_ablated = jnp.einsum("vbs,b->v", counted, weights)
-    return SplicedSums(clean, sae, mean_ablated, zero_ablated, weights.sum() * counted.shape[-1])
+    return jnp.einsum("vbs,b->v", counted, weights), weights.sum() * counted.shape[-1]
+
+
+def _unchanged(residual: jax.Array) -> jax.Array:
+    return residual
+
+
+def _ablated_to(mean: jax.Array) -> Reconstruct:
+    return lambda residual: jnp.broadcast_to(mean, residual.shape)
 
 
 def spliced_metrics(sums: SplicedSums) -> dict[str, float]:
@@ -123,6 +166,30 @@ def spliced_metrics(sums: SplicedSums) -> dict[str, float]:
     }
 
 
+def evaluate_baselines(
+    backbone: LanguageModel,
+    layer: int,
+    tokens: np.ndarray,
+    mean: np.ndarray,
+    first_position: int,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> BaselineSums:
+    """:func:`baseline_loss` over any number of sequences, for :func:`evaluate_spliced` of several autoencoders.
+
+    Args, and what is raised, are those of :func:`evaluate_spliced`.
+    """
+    mean_row = jnp.asarray(mean, jnp.float32)
+    total = BaselineSums(0.0, 0.0, 0.0, 0.0)
+    for batch, weights, count in _batches(tokens, batch_size):
+        sums = _baseline_loss(backbone, layer, batch, mean_row, first_position, weights)
+        total = jax.tree.map(lambda whole, part: whole + float(part), total, sums)
+        if progress is not None:
+            progress(count)
+    return total
+
+
 def evaluate_spliced(
     backbone: LanguageModel,
     layer: int,
@@ -131,6 +198,7 @@ def evaluate_spliced(
     mean: np.ndarray,
     first_position: int,
     *,
+    baselines: BaselineSums | None = None,
     batch_size: int = 8,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
@@ -147,6 +215,8 @@ def evaluate_spliced(
       reconstruct: [..., d] to [..., d], in the units of the residual stream.
       mean: [d] of the training data.
       first_position: of the activation set.
+      baselines: of :func:`evaluate_baselines` on the same sequences, where several autoencoders share them; the
+        upper blocks then run once here, not four times. Computed here without it.
       batch_size: sequences at one time; the last batch is filled up with sequences that count for nothing.
       progress: called with the number of sequences done since the last call.
 
@@ -155,6 +225,7 @@ def evaluate_spliced(
 
     Raises:
       InputError: there are no sequences, or they are too short for one prediction.
+      ValueError: ``baselines`` are of another number of predictions.
 
     Example:
       >>> import jax, numpy as np
@@ -166,22 +237,56 @@ def evaluate_spliced(
       >>> perfect["ce_degradation"], perfect["loss_recovered"]
       (0.0, 1.0)
     """
-    if not len(tokens):
-        raise InputError("there are no held-out sequences to score; extract a set with --holdout above 0")
     if not isinstance(reconstruct, jax.tree_util.Partial):
         reconstruct = jax.tree_util.Partial(reconstruct)
     mean_row = jnp.asarray(mean, jnp.float32)
     total = SplicedSums(0.0, 0.0, 0.0, 0.0, 0.0)
-    for start in range(0, len(tokens), batch_size):
-        batch = tokens[start : start + batch_size]
-        count = len(batch)
-        filled = np.resize(batch, (batch_size, tokens.shape[1]))
-        weights = (np.arange(batch_size) < count).astype(np.float32)
-        sums = _spliced_loss(backbone, layer, filled, reconstruct, mean_row, first_position, weights)
+    for batch, weights, count in _batches(tokens, batch_size):
+        if baselines is None:
+            sums = _spliced_loss(backbone, layer, batch, reconstruct, mean_row, first_position, weights)
+        else:
+            sae, n = _reconstruction_loss(backbone, layer, batch, reconstruct, first_position, weights)
+            sums = SplicedSums(0.0, 0.0, 0.0, n, sae)
         total = jax.tree.map(lambda whole, part: whole + float(part), total, sums)
         if progress is not None:
             progress(count)
-    return spliced_metrics(total)
+    return spliced_metrics(total if baselines is None else _joined(baselines, total))
 
 
-_spliced_loss = jax.jit(spliced_loss, static_argnames=("layer", "first_position"))
+def _joined(baselines: BaselineSums, sae: SplicedSums) -> SplicedSums:
+    """``sae`` with the sums that were computed before."""
+    if baselines.predictions != sae.predictions:
+        raise ValueError(
+            f"baselines are of {baselines.predictions:.0f} predictions, the sequences have {sae.predictions:.0f}; "
+            "expected evaluate_baselines of the same sequences and first_position"
+        )
+    return SplicedSums(**vars(baselines), sae=sae.sae)
+
+
+def _batches(tokens: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """(tokens [batch_size, length], weights [batch_size], sequences that count); the rest of the last one is filler."""
+    if not len(tokens):
+        raise InputError("there are no held-out sequences to score; extract a set with --holdout above 0")
+    for start in range(0, len(tokens), batch_size):
+        batch = tokens[start : start + batch_size]
+        filled = np.resize(batch, (batch_size, tokens.shape[1]))
+        yield filled, (np.arange(batch_size) < len(batch)).astype(np.float32), len(batch)
+
+
+def _only_sae(
+    backbone: LanguageModel,
+    layer: int,
+    tokens: jax.Array,
+    reconstruct: Reconstruct,
+    first_position: int,
+    weights: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum with the reconstruction, and the number of predictions."""
+    (sae,), n = _variant_sums(backbone, layer, tokens, [reconstruct], first_position, weights)
+    return sae, n
+
+
+_STATIC = ("layer", "first_position")
+_spliced_loss = jax.jit(spliced_loss, static_argnames=_STATIC)
+_baseline_loss = jax.jit(baseline_loss, static_argnames=_STATIC)
+_reconstruction_loss = jax.jit(_only_sae, static_argnames=_STATIC)

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +23,7 @@ class SparsitySums:
 
     @classmethod
     def of_batch(cls, activations: jax.Array) -> "SparsitySums":
-        """Counts of ``activations [B, M]``; pure, to be jitted."""
+        """Counts of ``activations [B, M]``, at most B each, in int32; pure, to be jitted."""
         return cls(jnp.int32(len(activations)), jnp.sum(activations != 0, axis=0, dtype=jnp.int32))
 
     def merge(self, other: "SparsitySums") -> "SparsitySums":
@@ -31,9 +32,10 @@ class SparsitySums:
 
     def compute(self) -> dict[str, float]:
         """``l0`` (fraction of exact zeros), ``active`` (mean count per row), ``dead_fraction`` (never fire)."""
-        active = float(self.firing.sum() / self.rows)
+        firing = np.asarray(self.firing)
+        active = firing.sum(dtype=np.int64) / int(self.rows)  # the sum over concepts may pass what int32 holds
         return {
-            "l0": 1 - active / len(self.firing),
-            "active": active,
-            "dead_fraction": float((self.firing == 0).mean()),
+            "l0": float(1 - active / len(firing)),
+            "active": float(active),
+            "dead_fraction": float((firing == 0).mean()),
         }

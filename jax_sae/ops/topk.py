@@ -5,16 +5,17 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def top_k_mask(z: jax.Array, k: int) -> jax.Array:
-    """The k largest entries of every row.
+def top_k_mask(z: jax.Array, k: int, keep: jax.Array | None = None) -> jax.Array:
+    """The k largest entries of every row, or the ``keep`` largest of them.
 
     Args:
       z: [..., M] scores.
       k: 1 to M.
+      keep: [] int, may be traced, so that one compiled program serves every number up to k; a larger one keeps k.
 
     Returns:
-      [..., M] bool with exactly k True per row. Ties go to the lower index; NaN counts as the largest. A constant
-      to differentiation.
+      [..., M] bool with exactly k (or ``keep``) True per row. Ties go to the lower index; NaN counts as the largest.
+      A constant to differentiation.
 
     Raises:
       ValueError: k is out of range.
@@ -24,11 +25,12 @@ def top_k_mask(z: jax.Array, k: int) -> jax.Array:
         raise ValueError(f"k is {k} for rows of {width} scores; expected 1 <= k <= {width}")
     rows = lax.stop_gradient(z).reshape(-1, width)
     _, indices = lax.top_k(rows, k)
-    chosen = jnp.zeros(rows.shape, bool).at[jnp.arange(rows.shape[0])[:, None], indices].set(True)
+    kept = True if keep is None else (jnp.arange(k) < keep)[None, :]  # the indices come largest score first
+    chosen = jnp.zeros(rows.shape, bool).at[jnp.arange(rows.shape[0])[:, None], indices].set(kept)
     return chosen.reshape(z.shape)
 
 
-def batch_top_k_threshold(z: jax.Array, count: int, *, axis_name: str | None = None) -> jax.Array:
+def batch_top_k_threshold(z: jax.Array, count: int | jax.Array, *, axis_name: str | None = None) -> jax.Array:
     """The ``count``-th largest of all scores of a batch, exactly.
 
     By bisection on the integers whose order is that of the floats: at most 32 counting sweeps, which need
@@ -36,7 +38,7 @@ def batch_top_k_threshold(z: jax.Array, count: int, *, axis_name: str | None = N
 
     Args:
       z: [B, M] scores without NaN; this device's rows when ``axis_name`` is given. Computed in float32.
-      count: 1 to the number of scores in the whole batch.
+      count: 1 to the number of scores in the whole batch; [] int32 may be traced, and is then not checked.
       axis_name: the mapped axis that the batch is split over.
 
     Returns:
@@ -44,10 +46,10 @@ def batch_top_k_threshold(z: jax.Array, count: int, *, axis_name: str | None = N
       A constant to differentiation.
 
     Raises:
-      ValueError: ``count`` is out of range.
+      ValueError: ``count``, a Python integer, is out of range.
     """
     total = z.size * (1 if axis_name is None else lax.axis_size(axis_name))
-    if not 1 <= count <= total:
+    if isinstance(count, int) and not 1 <= count <= total:
         raise ValueError(f"count is {count} for a batch of {total} scores; expected 1 <= count <= {total}")
     keys = _ordered_integers(lax.stop_gradient(z))
     low, high = jnp.min(keys), jnp.max(keys)

@@ -1,9 +1,9 @@
-"""Training losses: reconstruction, L1 and AuxK."""
+"""Training losses: reconstruction, the sparsity penalties of the field, and what keeps concepts alive."""
 
 import jax
 import jax.numpy as jnp
 
-from jax_sae.ops import top_k_mask
+from jax_sae.ops import step_above, top_k_mask
 from jax_sae.sae.config import SAEConfig
 from jax_sae.sae.modules import SAEOutput, SparseAutoencoder
 from jax_sae.sae.stats import SAEStats, dead_concepts
@@ -15,6 +15,7 @@ def sae_loss(
     x: jax.Array,
     step: jax.Array | int,
     *,
+    row_weights: jax.Array | None = None,
     training: bool = True,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, tuple[SAEOutput, dict[str, jax.Array]]]:
@@ -24,7 +25,9 @@ def sae_loss(
       model: the autoencoder.
       stats: its statistics.
       x: [B, d_in] rows.
-      step: [] training step, for the warm-up of L1.
+      step: [] training step, for the warm-up of the sparsity penalty.
+      row_weights: [B] factors on the reconstruction error of every row, to make the CLS token of an image count
+        more, say; 1 without it.
       training: see :meth:`SparseAutoencoder.__call__`.
       axis_name: the mapped axis that the batch is split over. The loss stays this device's own; the mean
         over devices of its gradient is the gradient of the whole batch's loss.
@@ -34,32 +37,96 @@ def sae_loss(
     """
     config = model.config
     output = model(x, stats, training=training, axis_name=axis_name)
-    terms = {"reconstruction": reconstruction_loss(config, output, x)}
-    if config.l1_coefficient:
-        warmup = jnp.minimum(1.0, (step + 1) / max(config.l1_warmup_steps, 1))
-        terms["l1"] = config.l1_coefficient * warmup * l1_norm(model, output.activations)
+    terms = {"reconstruction": reconstruction_loss(model, stats, output, x, row_weights)}
+    if config.sparsity_coefficient:
+        warmup = jnp.minimum(1.0, (step + 1) / max(config.sparsity_warmup_steps, 1))
+        terms["sparsity"] = config.sparsity_coefficient * warmup * sparsity_penalty(model, output, axis_name)
+    if config.activation == "gated":
+        terms["gate"] = gate_loss(model, stats, output, x)
+    if config.pre_activation_coefficient and training:
+        terms["pre_activation"] = config.pre_activation_coefficient * pre_activation_loss(model, stats, output)
     if config.aux_k and training:
         terms["aux"] = config.aux_coefficient * auxiliary_loss(model, stats, output, x, axis_name)
     return sum(terms.values(), jnp.float32(0)), (output, terms)
 
 
-def reconstruction_loss(config: SAEConfig, output: SAEOutput, x: jax.Array) -> jax.Array:
-    """[] mean over rows of the reconstruction error, in the form ``config.loss`` names."""
-    error = output.x_hat - x.astype(jnp.float32)
+def reconstruction_loss(
+    model: SparseAutoencoder,
+    stats: SAEStats,
+    output: SAEOutput,
+    x: jax.Array,
+    row_weights: jax.Array | None = None,
+) -> jax.Array:
+    """[] mean over rows of the reconstruction error in the form ``config.loss`` names, and over Matryoshka prefixes."""
+    config = model.config
+    error = lambda x_hat: _error(config, stats, x_hat, x, output.norm, row_weights)  # noqa: E731
+    total, partial, first = error(output.x_hat), jnp.zeros_like(output.normalized), 0
+    for size in config.group_sizes[:-1]:
+        group = slice(first, first + size)
+        partial = partial + model.decode_linear(output.activations[..., group], group)
+        total, first = total + error(model.denormalize(partial, output.norm, stats)), first + size
+    return total / len(config.group_sizes)
+
+
+def _error(
+    config: SAEConfig,
+    stats: SAEStats,
+    x_hat: jax.Array,
+    x: jax.Array,
+    norm: jax.Array,
+    row_weights: jax.Array | None = None,
+) -> jax.Array:
+    x = x.astype(jnp.float32)
+    squares = (x_hat - x) ** 2
     if config.loss == "mse_over_norm":
-        return config.loss_scale * jnp.mean(error**2 / output.norm)
-    squared = jnp.sum((error / output.norm) ** 2, axis=-1)
-    if config.loss == "mse":
-        squared = squared / config.d_in
-    return config.loss_scale * jnp.mean(squared)
+        if config.normalize_input != "unit_norm":
+            centred = x - stats.mean.reshape((1,) * (x.ndim - 1) + stats.mean.shape)
+            norm = jnp.maximum(jnp.linalg.norm(centred, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        rows = jnp.mean(squares / norm, axis=-1)
+    else:
+        rows = jnp.sum(squares / norm**2, axis=-1) / (config.d_in if config.loss == "mse" else 1)
+    return config.loss_scale * jnp.mean(rows if row_weights is None else rows * row_weights)
 
 
-def l1_norm(model: SparseAutoencoder, activations: jax.Array) -> jax.Array:
-    """[] mean over rows of the L1 norm of ``activations [B, M]``, or of what they contribute (``config.l1_of``)."""
-    sizes = jnp.mean(jnp.abs(activations), axis=0)
-    if model.config.l1_of == "contributions":
-        sizes = sizes * model.decoder_norms()
-    return jnp.sum(sizes)
+def sparsity_penalty(model: SparseAutoencoder, output: SAEOutput, axis_name: str | None = None) -> jax.Array:
+    """[] what ``config.sparsity_loss`` names, summed over concepts and averaged over rows [B, M].
+
+    The distance to ``target_l0`` is that of the whole batch over ``axis_name``; its gradient is this device's part.
+    """
+    config = model.config
+    if config.sparsity_loss == "l0":
+        active = step_above(output.scores, model.threshold[...][None, :], config.bandwidth)
+        count = jnp.mean(jnp.sum(active, axis=-1))
+        if config.target_l0 is None:
+            return count
+        if axis_name is not None:
+            count = count + jax.lax.stop_gradient(jax.lax.pmean(count, axis_name) - count)
+        return (count / config.target_l0 - 1) ** 2
+    sizes = jax.nn.relu(output.scores) if config.activation == "gated" else jnp.abs(output.activations)
+    if config.sparsity_of == "contributions":
+        sizes = sizes * model.decoder_norms()[None, :]
+    if config.sparsity_loss == "tanh":
+        sizes = jnp.tanh(config.tanh_scale * sizes)
+    return jnp.sum(jnp.mean(sizes, axis=0))
+
+
+def gate_loss(model: SparseAutoencoder, stats: SAEStats, output: SAEOutput, x: jax.Array) -> jax.Array:
+    """[] reconstruction error from the open gates alone, the decoder a constant: what trains the gates.
+
+    Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated Sparse Autoencoders" (arXiv 2404.16014),
+    equation 8.
+    """
+    rows, bias = (jax.lax.stop_gradient(w[...]) for w in (model.W_dec, model.b_dec))
+    y = jax.nn.relu(output.scores) @ rows + bias[None, :]
+    x_hat = y * output.norm + stats.mean[None, :]
+    return _error(model.config, stats, x_hat, x, output.norm)
+
+
+def pre_activation_loss(model: SparseAutoencoder, stats: SAEStats, output: SAEOutput) -> jax.Array:
+    """[] how far the scores of dead concepts stay below their thresholds, weighted with their decoder rows' norms."""
+    weights = jnp.where(dead_concepts(model.config, stats), model.decoder_norms(), 0.0)
+    below = jax.nn.relu(model.threshold[...][None, :] - output.scores)
+    return jnp.sum(jnp.mean(below, axis=0) * weights)
 
 
 def auxiliary_loss(

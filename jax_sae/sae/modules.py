@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_sae.ops import batch_top_k_threshold, sparsemax, sparsemax_threshold, top_k_mask
+from jax_sae.ops import batch_top_k_threshold, entmax, jump_relu, sparsemax, sparsemax_threshold, top_k_mask
 from jax_sae.sae.config import SAEConfig
 from jax_sae.sae.stats import SAEStats, init_stats
 
@@ -22,7 +22,7 @@ class SAEOutput:
     Attributes:
       x_hat: [..., d_in] reconstruction, in the units of the input.
       activations: [..., M] sparse activations; exact zeros where a concept is silent.
-      scores: [..., M] scores before the activation, after the frequency cap.
+      scores: [..., M] scores before the activation, after the frequency cap; for gated, of the gates.
       normalized: [..., d_in] the centred and normalised input that was encoded.
       norm: [..., 1] what the normalised input is multiplied by to give back the centred one.
     """
@@ -40,6 +40,8 @@ class SparseAutoencoder(nnx.Module):
     MLP (names and layout of the field)::
 
         scores = score_scale * (u - b_dec) W_enc + b_enc        y = activations W_dec + b_dec
+
+    with a ``threshold`` per concept for jumprelu, and ``b_gate, r_mag, b_mag`` instead of ``b_enc`` for gated.
 
     Attention over concepts (Sparsemax SAE, CVPR 2026, with keys and values read off the same concepts)::
 
@@ -71,23 +73,35 @@ class SparseAutoencoder(nnx.Module):
             self._init_attention(rngs)
         else:
             self._init_mlp(rngs, statistics)
+        if config.activation == "jumprelu":
+            self.threshold = nnx.Param(jnp.full(config.n_concepts, config.threshold_init))
+        if config.learn_alpha:
+            self.log_alpha = nnx.Param(jnp.log(jnp.float32(config.alpha - 1)))
 
     def _init_attention(self, rngs: nnx.Rngs) -> None:
-        """Kaiming-uniform with fan_in M for the concepts and d for the projections."""
+        """What ``config.attention_init`` names; Kaiming's fan_in is M for the concepts and d for the projections."""
         d, m = self.config.d_in, self.config.n_concepts
-        self.concepts = nnx.Param(_kaiming_uniform(rngs.params(), (m, d), fan_in=m))
-        self.W_K = nnx.Param(_kaiming_uniform(rngs.params(), (d, d), fan_in=d))
-        self.W_V = nnx.Param(_kaiming_uniform(rngs.params(), (d, d), fan_in=d))
+        identity = self.config.attention_init == "identity"
+
+        def projection() -> nnx.Param:
+            return nnx.Param(jnp.eye(d) if identity else _kaiming_uniform(rngs.params(), (d, d), fan_in=d))
+
+        key = rngs.params()
+        self.concepts = nnx.Param(_unit_rows(key, (m, d)) if identity else _kaiming_uniform(key, (m, d), fan_in=m))
+        self.W_K = projection()
+        self.W_V = projection()
         if self.config.query_projection:
-            self.W_Q = nnx.Param(_kaiming_uniform(rngs.params(), (d, d), fan_in=d))
+            self.W_Q = projection()
 
     def _init_mlp(self, rngs: nnx.Rngs, statistics: Any) -> None:
         """Random unit decoder rows, the encoder their transpose, b_dec at the centre of the data."""
         d, m = self.config.d_in, self.config.n_concepts
-        rows = jax.random.normal(rngs.params(), (m, d))
-        rows = rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
+        rows = _unit_rows(rngs.params(), (m, d))
         self.W_enc = nnx.Param(jnp.array(rows.T))
-        self.b_enc = nnx.Param(jnp.zeros(m))
+        if self.config.activation == "gated":
+            self.b_gate, self.r_mag, self.b_mag = (nnx.Param(jnp.zeros(m)) for _ in range(3))
+        else:
+            self.b_enc = nnx.Param(jnp.zeros(m))
         self.W_dec = nnx.Param(rows)
         self.b_dec = nnx.Param(_initial_b_dec(self.config, statistics))
 
@@ -108,7 +122,7 @@ class SparseAutoencoder(nnx.Module):
         u, norm = self.normalize(x, stats)
         scores = self.scores(u, stats)
         activations = self.select(scores, stats, training=training, axis_name=axis_name)
-        x_hat = self.decode_normalized(activations) * norm + _as_row(stats.mean, u.ndim)
+        x_hat = self.denormalize(self.decode_linear(activations), norm, stats)
         return SAEOutput(x_hat, activations, scores, u, norm)
 
     def encode(self, x: jax.Array, stats: SAEStats) -> jax.Array:
@@ -128,8 +142,7 @@ class SparseAutoencoder(nnx.Module):
             if self.config.normalize_input == "unit_norm":
                 raise ValueError("decode needs norm, the norm of each centred input row, with unit_norm inputs")
             norm = jnp.ones((1,) * activations.ndim) / stats.scale
-        y = self.decode_normalized(activations)
-        return y * norm + _as_row(stats.mean, y.ndim)
+        return self.denormalize(self.decode_linear(activations), norm, stats)
 
     def normalize(self, x: jax.Array, stats: SAEStats) -> tuple[jax.Array, jax.Array]:
         """(u [..., d_in], norm [..., 1]) with ``u * norm + mean = x``; the norm of a zero row is tiny, not 0."""
@@ -141,6 +154,12 @@ class SparseAutoencoder(nnx.Module):
             norm = jnp.ones((*x.shape[:-1], 1)) / stats.scale
         return centred / norm, norm
 
+    def denormalize(self, y: jax.Array, norm: jax.Array, stats: SAEStats) -> jax.Array:
+        """[..., d_in] sums of decoder rows to reconstructions: ``b_dec`` added, scaled by ``norm``, the mean added."""
+        if self.config.encoder == "mlp":
+            y = y + _as_row(self.b_dec[...], y.ndim)
+        return y * norm + _as_row(stats.mean, y.ndim)
+
     def scores(self, u: jax.Array, stats: SAEStats) -> jax.Array:
         """[..., M] scores of normalised rows ``u [..., d_in]``, with the frequency cap applied."""
         config = self.config
@@ -148,8 +167,9 @@ class SparseAutoencoder(nnx.Module):
             query = u @ self.W_Q[...] if config.query_projection else u
             z = (query @ self.W_K[...].T) @ self.concepts[...].T * config.score_scale
         else:
-            b_dec, b_enc = (_as_row(b[...], u.ndim) for b in (self.b_dec, self.b_enc))
-            z = (u - b_dec) @ self.W_enc[...] * config.score_scale + b_enc
+            bias = self.b_gate if config.activation == "gated" else self.b_enc
+            query = u - _as_row(self.b_dec[...], u.ndim) if config.apply_b_dec_to_input else u
+            z = query @ self.W_enc[...] * config.score_scale + _as_row(bias[...], u.ndim)
         if config.frequency_cap is None:
             return z
         return jnp.where(_as_row(stats.frequency > config.frequency_cap, z.ndim), 0.0, z)
@@ -160,20 +180,37 @@ class SparseAutoencoder(nnx.Module):
         """[..., M] scores to activations: exact zeros where a concept is silent.
 
         Derivatives: the selection is a constant, so an active concept passes its gradient and a silent one
-        none, but for sparsemax ``"probabilities"``, which has the Jacobian of sparsemax.
+        none, but for ``"probabilities"``, which have the Jacobian of their projection, and for the thresholds of
+        :func:`jax_sae.jump_relu`.
         """
         config = self.config
-        if config.activation == "sparsemax":
-            if config.values == "probabilities":
-                return sparsemax(scores)
-            tau, _ = sparsemax_threshold(jax.lax.stop_gradient(scores))
-            return jnp.where(scores > tau[..., None], scores, 0.0)
+        fixed = jax.lax.stop_gradient(scores)
+        match config.activation:
+            case "sparsemax" | "entmax" if config.values == "probabilities":
+                return sparsemax(scores) if config.activation == "sparsemax" else entmax(scores, self.alpha())
+            case "sparsemax":
+                return jnp.where(fixed > sparsemax_threshold(fixed)[0][..., None], scores, 0.0)
+            case "entmax":
+                return jnp.where(entmax(fixed, config.alpha) > 0, scores, 0.0)
+            case "jumprelu":
+                return jump_relu(scores, _as_row(self.threshold[...], scores.ndim), config.bandwidth)
+            case "gated":
+                return jnp.where(scores > 0, jax.nn.relu(self.magnitudes(scores)), 0.0)
         positive = jax.nn.relu(scores)
         if config.activation == "topk":
-            return jnp.where(top_k_mask(jax.lax.stop_gradient(scores), config.k), positive, 0.0)
+            return jnp.where(top_k_mask(fixed, config.k, stats.k), positive, 0.0)
         if config.activation == "batch_topk":
             return jnp.where(self._batch_top_k_mask(positive, stats, training, axis_name), positive, 0.0)
         return positive
+
+    def alpha(self) -> jax.Array:
+        """[] of entmax: the parameter, or the setting."""
+        return 1 + jnp.exp(self.log_alpha[...]) if self.config.learn_alpha else jnp.float32(self.config.alpha)
+
+    def magnitudes(self, gates: jax.Array) -> jax.Array:
+        """[..., M] gate scores to what an open gate lets through, before its ReLU (Rajamanoharan et al. 2024)."""
+        gate, rate, bias = (_as_row(b[...], gates.ndim) for b in (self.b_gate, self.r_mag, self.b_mag))
+        return jnp.exp(rate) * (gates - gate) + bias
 
     def _batch_top_k_mask(
         self, positive: jax.Array, stats: SAEStats, training: bool, axis_name: str | None
@@ -182,19 +219,14 @@ class SparseAutoencoder(nnx.Module):
             return positive > stats.threshold
         flat = jax.lax.stop_gradient(positive.reshape(-1, positive.shape[-1]))
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-        count = self.config.k * flat.shape[0] * devices
+        count = jnp.minimum(stats.k, self.config.k) * flat.shape[0] * devices
         return positive >= batch_top_k_threshold(flat, count, axis_name=axis_name)
 
-    def decode_normalized(self, activations: jax.Array) -> jax.Array:
-        """[..., M] activations to [..., d_in] in normalised units, ``b_dec`` included."""
-        y = self.decode_linear(activations)
-        return y if self.config.encoder == "attention" else y + _as_row(self.b_dec[...], y.ndim)
-
-    def decode_linear(self, activations: jax.Array) -> jax.Array:
-        """[..., M] activations times the decoder rows, without ``b_dec``: [..., d_in]."""
+    def decode_linear(self, activations: jax.Array, concepts: slice = slice(None)) -> jax.Array:
+        """[..., m] activations of ``concepts`` times their decoder rows, without ``b_dec``: [..., d_in]."""
         if self.config.encoder == "attention":
-            return (activations @ self.concepts[...]) @ self.W_V[...]
-        return activations @ self.W_dec[...]
+            return (activations @ self.concepts[concepts]) @ self.W_V[...]
+        return activations @ self.W_dec[concepts]
 
     def decoder(self) -> jax.Array:
         """[M, d_in] rows that activations are multiplied by: ``W_dec``, or ``concepts W_V``."""
@@ -210,6 +242,12 @@ class SparseAutoencoder(nnx.Module):
 def _as_row(vector: jax.Array, ndim: int) -> jax.Array:
     """[n] to [1, ..., 1, n], so that broadcasting is explicit."""
     return vector.reshape((1,) * (ndim - 1) + vector.shape)
+
+
+def _unit_rows(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Random directions."""
+    rows = jax.random.normal(key, shape)
+    return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
 
 
 def _kaiming_uniform(key: jax.Array, shape: tuple[int, int], fan_in: int) -> jax.Array:

@@ -24,6 +24,8 @@ class SAEStats:
       rows_since_fired: [M] int32, rows since a concept last fired; it stops counting at 2**30.
       threshold: [] float32, BatchTopK's inference threshold; negative until the first training step.
       steps: [] int32, training steps that went into ``frequency``.
+      k: [] int32, how many concepts topk and batch_topk keep; ``config.k`` at the start. It may be lowered (annealed,
+        or swept by :func:`jax_sae.sweep_train_step`); ``config.k`` stays the most that are kept.
     """
 
     mean: jax.Array
@@ -32,6 +34,7 @@ class SAEStats:
     rows_since_fired: jax.Array
     threshold: jax.Array
     steps: jax.Array
+    k: jax.Array
 
 
 def init_stats(config: SAEConfig, statistics: Any = None) -> SAEStats:
@@ -57,6 +60,7 @@ def init_stats(config: SAEConfig, statistics: Any = None) -> SAEStats:
         rows_since_fired=jnp.zeros(config.n_concepts, jnp.int32),
         threshold=jnp.float32(-1.0),
         steps=jnp.int32(0),
+        k=jnp.int32(config.k),
     )
 
 

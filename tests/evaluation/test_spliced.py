@@ -8,7 +8,14 @@ from flax import nnx
 
 from jax_sae.backbones.llama import Llama, LlamaConfig
 from jax_sae.errors import InputError
-from jax_sae.evaluation.spliced import evaluate_spliced, splice, spliced_loss, spliced_metrics
+from jax_sae.evaluation.spliced import (
+    baseline_loss,
+    evaluate_baselines,
+    evaluate_spliced,
+    splice,
+    spliced_loss,
+    spliced_metrics,
+)
 
 CONFIG = LlamaConfig(40, 16, 3, 4, 2, 4, 24, 1e-5, 1e4, None, 64, True)
 MEAN = np.linspace(-1, 1, 16).astype(np.float32)
@@ -124,6 +131,45 @@ def test_one_compilation_for_several_autoencoders(model, tokens):
     assert len(traces) == 1
 
 
+def test_baselines_in_closed_form():
+    sums = baseline_loss(CountingModel(), 0, np.array([[10, 1, 2, 3]]), jnp.array([5.0]), 1)
+    assert (sums.clean, sums.mean_ablated, sums.zero_ablated, sums.predictions) == (24, 35, 20, 2)
+
+
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_shared_baselines_change_no_number(model, tokens, batch_size):
+    done = []
+    baselines = evaluate_baselines(model, 2, tokens, MEAN, 1, batch_size=batch_size, progress=done.append)
+    assert sum(done) == 5
+    for reconstruct in (squeezed, lambda x: x, lambda x: 0.9 * x):
+        alone = evaluate_spliced(model, 2, tokens, reconstruct, MEAN, 1, batch_size=batch_size)
+        shared = evaluate_spliced(model, 2, tokens, reconstruct, MEAN, 1, baselines=baselines, batch_size=batch_size)
+        assert shared == pytest.approx(alone, rel=1e-6, abs=1e-6)
+
+
+def test_with_baselines_only_the_reconstruction_runs_through_the_model(tokens):
+    runs = []
+
+    class Counted(CountingModel):
+        def next_token_loss(self, residual, tokens, layer):
+            jax.debug.callback(lambda: runs.append(layer))
+            return super().next_token_loss(residual, tokens, layer)
+
+    jax.tree_util.register_static(Counted)
+    baselines = evaluate_baselines(Counted(), 0, tokens, np.zeros(1), 1)
+    jax.effects_barrier()
+    assert len(runs) == 3
+    evaluate_spliced(Counted(), 0, tokens, lambda x: x, np.zeros(1), 1, baselines=baselines)
+    jax.effects_barrier()
+    assert len(runs) == 4
+
+
+def test_baselines_of_other_sequences_are_refused(model, tokens):
+    baselines = evaluate_baselines(model, 1, tokens[:3], MEAN, 1)
+    with pytest.raises(ValueError, match="baselines are of 30 predictions, the sequences have 50"):
+        evaluate_spliced(model, 1, tokens, squeezed, MEAN, 1, baselines=baselines)
+
+
 def test_splice_keeps_the_dtype_of_the_residual():
     x = jnp.ones((1, 3, 2), jnp.float32)
     spliced = splice(x, jnp.zeros((1, 3, 2), jnp.bfloat16), 1)
@@ -136,3 +182,5 @@ def test_no_prediction_to_count(model):
         evaluate_spliced(model, 1, np.zeros((1, 2), int), squeezed, MEAN, 1)
     with pytest.raises(InputError, match="no held-out sequences"):
         evaluate_spliced(model, 1, np.zeros((0, 12), int), squeezed, MEAN, 1)
+    with pytest.raises(InputError, match="no held-out sequences"):
+        evaluate_baselines(model, 1, np.zeros((0, 12), int), MEAN, 1)

@@ -25,6 +25,21 @@ def test_top_k_mask_takes_leading_dimensions_and_is_a_constant():
     np.testing.assert_array_equal(gradient, 2.0 * np.asarray(top_k_mask(z, 4)))
 
 
+def test_top_k_mask_keeps_a_traced_number_of_the_k():
+    z = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (50, 30)), jnp.float32)  # many ties
+    masked = jax.jit(top_k_mask, static_argnums=1)
+    for keep in (1, 7, 12):
+        np.testing.assert_array_equal(masked(z, 12, jnp.int32(keep)), top_k_mask(z, keep))
+    np.testing.assert_array_equal(masked(z, 12, jnp.int32(13)), top_k_mask(z, 12))
+    assert not masked(z, 12, jnp.int32(0)).any()
+
+
+def test_top_k_mask_keeps_another_number_for_every_member_of_a_batch():
+    z = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 9)), jnp.float32)
+    kept = jax.vmap(lambda rows, keep: top_k_mask(rows, 6, keep))(z, jnp.array([1, 4, 6]))
+    np.testing.assert_array_equal(kept, jnp.stack([top_k_mask(z[i], k) for i, k in enumerate((1, 4, 6))]))
+
+
 @pytest.mark.parametrize("k", [0, 10])
 def test_top_k_mask_names_a_k_out_of_range(k):
     with pytest.raises(ValueError, match=f"k is {k} for rows of 9 scores"):
@@ -44,6 +59,13 @@ def test_batch_threshold_is_the_count_th_largest(kind, count):
     }[kind]
     with np.errstate(under="ignore"):
         assert batch_top_k_threshold(jnp.asarray(z), count) == np.sort(z.ravel())[-count]
+
+
+def test_batch_threshold_takes_a_traced_count():
+    z = np.random.default_rng(5).standard_normal((20, 40)).astype(np.float32)
+    counts = jnp.array([1, 37, 800])
+    found = jax.jit(jax.vmap(batch_top_k_threshold, in_axes=(None, 0)))(z, counts)
+    np.testing.assert_array_equal(found, np.sort(z.ravel())[-np.asarray(counts)])
 
 
 def test_batch_threshold_over_eight_devices_is_that_of_the_whole_batch():

@@ -21,9 +21,33 @@ def test_presets_differ_in_what_defines_them():
     paper = preset("sparsemax_paper")
     assert paper.values == "probabilities" and paper.query_projection and paper.score_scale == 0.25
     assert preset("mlp_sparsemax").encoder == "mlp" and preset("mlp_sparsemax").activation == "sparsemax"
-    assert preset("attention_relu").encoder == "attention" and preset("attention_relu").l1_coefficient > 0
+    assert preset("attention_relu").encoder == "attention" and preset("attention_relu").sparsity_coefficient > 0
     assert preset("topk").k == 32 and preset("topk").aux_k == 8
-    assert preset("batch_topk").activation == "batch_topk"
+    assert preset("batch_topk").activation == "batch_topk" and preset("batch_topk").group_sizes == (64,)
+    matryoshka = preset("matryoshka_batch_topk")
+    assert matryoshka.activation == "batch_topk" and matryoshka.group_sizes == (2, 4, 8, 16, 34)
+    assert preset("jumprelu").activation == "jumprelu" and preset("jumprelu").sparsity_loss == "l0"
+    assert preset("gated").activation == "gated" and preset("gated").encoder == "mlp"
+    assert preset("entmax").activation == "entmax" and preset("entmax").values == "scores"
+
+
+@pytest.mark.parametrize(
+    ("fractions", "n_concepts", "sizes"),
+    [
+        ((), 7, (7,)),
+        ((1.0,), 7, (7,)),
+        ((0.5, 0.5), 7, (3, 4)),
+        ((0.3, 0.3, 0.4), 10, (3, 3, 4)),
+        ((1 / 3, 1 / 3, 1 / 3), 100, (33, 33, 34)),
+    ],
+)
+def test_groups_cover_the_dictionary(fractions, n_concepts, sizes):
+    assert SAEConfig.preset("relu", 4, n_concepts, group_fractions=fractions).group_sizes == sizes
+
+
+def test_settings_that_do_nothing_are_not_refused():
+    assert SAEConfig.preset("relu", 16, 64, sparsity_loss="l0", sparsity_coefficient=0.0).sparsity_loss == "l0"
+    assert SAEConfig.preset("relu", 16, 64, alpha=1.0).alpha == 1.0
 
 
 def test_overrides_win_over_the_preset():
@@ -42,7 +66,28 @@ def test_overrides_win_over_the_preset():
         (dict(name="relu", activation="gelu"), "activation is 'gelu'; expected one of 'relu'"),
         (dict(name="sparsemax", frequency_cap=0.0), "frequency_cap is 0.0"),
         (dict(name="topk", aux_k=65), "aux_k is 65"),
+        (dict(name="topk", aux_k=-1), "aux_k is -1"),
         (dict(name="sparsemax", unit_norm_decoder=True), "no W_dec"),
+        (dict(name="jumprelu", bandwidth=0.0), "bandwidth is 0.0; expected a positive number"),
+        (dict(name="jumprelu", bandwidth=float("nan")), "bandwidth is nan"),
+        (dict(name="entmax", alpha=1.0), "alpha is 1.0; expected a number above 1"),
+        (dict(name="entmax", alpha=float("nan")), "alpha is nan"),
+        (dict(name="jumprelu", target_l0=0.0), "target_l0 is 0.0; expected above 0"),
+        (
+            dict(name="relu", group_fractions=(0.5, 0.4)),
+            r"group_fractions are \(0.5, 0.4\); expected parts of at least",
+        ),
+        (dict(name="relu", group_fractions=(0.01, 0.99)), "group_fractions are .* at least one of 64"),
+        (dict(name="relu", group_fractions=(1.5, -0.5)), "group_fractions are"),
+        (dict(name="gated", encoder="attention", unit_norm_decoder=False), "'gated' needs the biases of encoder 'mlp'"),
+        (dict(name="entmax", learn_alpha=True), "learn_alpha is set; it needs activation 'entmax' and values"),
+        (dict(name="sparsemax_paper", learn_alpha=True), "learn_alpha is set"),
+        (dict(name="relu", sparsity_loss="l0"), "sparsity_loss is 'l0' for activation 'relu'"),
+        (dict(name="relu", sparsity_loss="l2"), "sparsity_loss is 'l2'; expected one of 'l1', 'l0', 'tanh'"),
+        (
+            dict(name="gated", pre_activation_coefficient=0.1),
+            "pre_activation_coefficient is set for activation 'gated'",
+        ),
     ],
 )
 def test_bad_values_are_named(arguments, message):

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from jax_sae import Preset, SAEConfig, SparseAutoencoder, init_stats
+from tests.ops.reference import entmax_rows, sparsemax_rows
 
 D, M, B = 12, 40, 9
 
@@ -35,18 +36,6 @@ def make(name, **overrides):
     return config, model, init_stats(config, statistics), x
 
 
-def sparsemax_rows(z):
-    """(p, tau) by sorting, one row at a time."""
-    p, taus = np.zeros_like(z), np.zeros(len(z))
-    for i, row in enumerate(z):
-        u = np.sort(row)[::-1]
-        r = np.arange(1, len(u) + 1)
-        k = r[u + (1 - np.cumsum(u)) / r > 0].max()
-        taus[i] = (u[:k].sum() - 1) / k
-        p[i] = np.maximum(row - taus[i], 0)
-    return p, taus
-
-
 def definition(config, model, stats, x):
     """x_hat and activations of one batch, in float64, straight from the formulas."""
     w = {k: np.asarray(v[...], np.float64) for k, v in vars(model).items() if isinstance(v, nnx.Param)}
@@ -62,13 +51,21 @@ def definition(config, model, stats, x):
         z = config.score_scale * (u @ w.get("W_Q", np.eye(D))) @ keys.T
         bias = 0
     else:
-        z = (u - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+        product = (u - w["b_dec"] * config.apply_b_dec_to_input) @ w["W_enc"]
+        z = product + w["b_gate" if config.activation == "gated" else "b_enc"]
         values, bias = w["W_dec"], w["b_dec"]
     if config.frequency_cap is not None:
         z[:, np.asarray(stats.frequency) > config.frequency_cap] = 0
     if config.activation == "sparsemax":
-        p, tau = sparsemax_rows(z)
+        p, tau, _ = sparsemax_rows(z)
         a = p if config.values == "probabilities" else np.where(z > tau[:, None], z, 0)
+    elif config.activation == "entmax":
+        p = entmax_rows(z, 1 + np.exp(w["log_alpha"]) if config.learn_alpha else config.alpha)
+        a = p if config.values == "probabilities" else np.where(p > 0, z, 0)
+    elif config.activation == "jumprelu":
+        a = np.where(z > w["threshold"], z, 0)
+    elif config.activation == "gated":
+        a = np.where(z > 0, np.maximum(np.exp(w["r_mag"]) * product + w["b_mag"], 0), 0)
     elif config.activation == "topk":
         a = np.zeros_like(z)
         top = np.argsort(-z, axis=-1)[:, : config.k]
@@ -81,16 +78,54 @@ def definition(config, model, stats, x):
     return (a @ values + bias) * norm + mean, a
 
 
-@pytest.mark.parametrize("name", get_args(Preset))
-def test_forward_equals_the_definition(name):
-    config, model, stats, x = make(name, **({"k": 5} if "topk" in name else {}))
+VARIANTS = [(name, {"k": 5} if "topk" in name else {}) for name in get_args(Preset)] + [
+    ("entmax", dict(alpha=1.2)),
+    ("entmax", dict(alpha=2.5, encoder="mlp")),
+    ("entmax", dict(values="probabilities", alpha=1.7)),
+    ("entmax", dict(values="probabilities", learn_alpha=True)),
+    ("jumprelu", dict(encoder="attention", unit_norm_decoder=False)),
+    ("relu", dict(apply_b_dec_to_input=False)),
+    ("gated", dict(apply_b_dec_to_input=False)),
+    ("matryoshka_batch_topk", dict(k=5, group_fractions=(0.5, 0.3, 0.2))),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
+def test_forward_equals_the_definition(name, overrides):
+    config, model, stats, x = make(name, **overrides)
     if config.frequency_cap:
         stats = dataclasses.replace(stats, frequency=stats.frequency.at[3].set(0.2))
     out = jax.jit(lambda m, x, s: m(x, s, training=True))(model, x, stats)
     x_hat, activations = definition(config, model, stats, x)
+    assert 0 < (activations != 0).mean() <= 1
     np.testing.assert_allclose(out.activations, activations, atol=2e-5)
     np.testing.assert_array_equal(np.asarray(out.activations) != 0, activations != 0)
     np.testing.assert_allclose(out.x_hat, x_hat, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["matryoshka_batch_topk", "entmax"])
+def test_parts_of_the_dictionary_add_up(name):
+    config, model, stats, x = make(name)
+    a = model.encode(x, stats)
+    whole, parts, first = model.decode_linear(a), 0, 0
+    for size in (3, 30, M - 33):
+        part = slice(first, first + size)
+        parts, first = parts + model.decode_linear(a[:, part], part), first + size
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    expected = np.asarray(a[:, 3:33], np.float64) @ np.asarray(model.decoder()[3:33], np.float64)
+    np.testing.assert_allclose(model.decode_linear(a[:, 3:33], slice(3, 33)), expected, atol=1e-5)
+
+
+def test_a_learned_alpha_starts_at_its_setting_and_has_a_gradient():
+    config = SAEConfig.preset("entmax", D, M, values="probabilities", learn_alpha=True, alpha=1.7)
+    model = SparseAutoencoder(config, rngs=nnx.Rngs(0))
+    assert float(model.alpha()) == pytest.approx(1.7, rel=1e-6)
+    _, _, stats, x = make("entmax", values="probabilities", learn_alpha=True)
+    loss = lambda m: jnp.sum(m(x, stats).x_hat ** 2)
+    by_log_alpha = float(jax.grad(loss)(model).log_alpha[...])
+    fixed = lambda alpha: loss(SparseAutoencoder(dataclasses.replace(config, alpha=alpha), rngs=nnx.Rngs(0)))
+    numeric = (fixed(1.71) - fixed(1.69)) / 0.02 * 0.7  # d alpha / d log_alpha = alpha - 1
+    assert by_log_alpha == pytest.approx(float(numeric), rel=1e-2) and by_log_alpha != 0
 
 
 @pytest.mark.parametrize("name", get_args(Preset))
@@ -128,12 +163,20 @@ def test_the_mlp_starts_at_the_centre_of_the_data_with_unit_rows_and_a_tied_enco
     np.testing.assert_array_equal(model.W_enc[...], model.W_dec[...].T)
 
 
-def test_the_attention_starts_kaiming_uniform():
-    model = SparseAutoencoder(SAEConfig.preset("sparsemax", 64, 3000), rngs=nnx.Rngs(0))
+def test_the_attention_can_start_kaiming_uniform():
+    config = SAEConfig.preset("sparsemax", 64, 3000, attention_init="kaiming_uniform")
+    model = SparseAutoencoder(config, rngs=nnx.Rngs(0))
     assert np.std(model.concepts[...]) == pytest.approx((2 / 3000) ** 0.5, rel=0.01)
     assert np.std(model.W_K[...]) == pytest.approx((2 / 64) ** 0.5, rel=0.03)
     assert np.abs(model.W_V[...]).max() <= (6 / 64) ** 0.5
     assert not hasattr(model, "W_Q")
+
+
+def test_the_attention_starts_with_concepts_of_norm_1_that_are_their_own_keys_and_values():
+    model = SparseAutoencoder(SAEConfig.preset("sparsemax_paper", 16, 60), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(np.linalg.norm(model.concepts[...], axis=-1), 1, rtol=1e-6)
+    for projection in (model.W_K, model.W_V, model.W_Q):
+        np.testing.assert_array_equal(projection[...], np.eye(16))
 
 
 def test_bfloat16_rows_are_computed_in_float32():

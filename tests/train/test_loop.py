@@ -218,6 +218,7 @@ def test_several_steps_per_dispatch_train_the_same(whole_run, rows_file, tmp_pat
         (dict(batch_size=4096), r"--batch-size is 4096 but .* has 1140 training rows"),
         (dict(steps=0), "--steps is 0; expected at least 1"),
         (dict(learning_rate=-1.0), "--learning-rate is -1.0"),
+        (dict(data_seed=-1), "--data-seed is -1; expected at least 0"),
         (dict(steps_per_call=3), "--steps is 40; expected a multiple of --steps-per-call 3"),
         (dict(mesh=(2, 4)), "--parallel mesh and --mesh"),
         (dict(parallel="mesh", mesh=(3, 2)), "expected two numbers with product 8"),

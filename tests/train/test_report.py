@@ -87,7 +87,7 @@ def test_the_headline_names_the_run_and_its_key_numbers(page):
 
 def test_every_section_is_there_once_and_reachable(page):
     sections = [found["id"] for found in page.all("section")]
-    assert sections == ["training", "active", "frequency", "loss", "concepts", "configuration"]
+    assert sections == ["training", "active", "frequency", "loss", "metrics", "concepts", "configuration"]
     linked = {found["href"] for found in page.all("a") if found["href"].startswith("#")}
     identifiers = [found["id"] for _, found in page.elements if "id" in found]
     assert len(identifiers) == len(set(identifiers))
@@ -137,6 +137,22 @@ def test_the_loss_table_has_the_four_losses(page):
     assert sentence in page.text("section", id="loss")
     widths = [found["style"] for found in page.all("i") if "style" in found]
     assert widths == ["width:32.2%", "width:33.5%", "width:85.1%", "width:100.0%"]
+
+
+def test_every_metric_is_listed_with_its_meaning_or_why_it_is_missing(tmp_path):
+    evaluation = EVALUATION | {"ms_mean": 0.1234, "ms_max": 0.9, "ndn": 16, "cknna_left_out": "few rows"}
+    page = Page(render(write_workdir(tmp_path, evaluation=evaluation)))
+    text = page.text("section", id="metrics")
+    for row in (
+        "FVU variance left unexplained, per input over its features, mean over inputs0.0761lower",
+        "NDN concepts that never fire on the held-out inputs16lower",
+        "Loss recovered share of what zero ablation destroys98.1 %higher",
+        "CKNNA left out: few rows\N{EN DASH}higher",
+        "that a concept fires on, mean0.123higher",
+        "With no image encoder at hand it is the source model's own",
+    ):
+        assert row in text
+    assert "NMSE" not in text  # an older evaluation, which says nothing of it
 
 
 def test_a_concept_shows_its_contexts_with_the_firing_tokens_marked(page):
