@@ -48,6 +48,7 @@ class CompareConfig:
       checkpoint_every: steps between checkpoints, each with a validation on held-out rows.
       log_every: steps between lines of metrics.jsonl.
       sequences: held-out sequences for the spliced loss of a language model; 0 leaves it out.
+      concept_rows: rows, the last ones of the set, that the contexts in the report of every run are looked for in.
     """
 
     data: Path | None = None
@@ -70,6 +71,7 @@ class CompareConfig:
     checkpoint_every: int = 200
     log_every: int = 20
     sequences: int = 48
+    concept_rows: int = 20_000
 
     def validate(self) -> None:
         """Refuses values that fit no data.
@@ -79,8 +81,9 @@ class CompareConfig:
         """
         self.base.validate()
         self.grid.validate()
-        if self.sequences < 0:
-            raise InputError(f"--sequences is {self.sequences}; expected at least 0")
+        for name, least in {"sequences": 0, "concept_rows": 1}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least {least}")
 
     @property
     def base(self) -> TrainConfig:
@@ -164,7 +167,7 @@ def _train_and_evaluate(
     healthy = [_folder(member) for member in of if failure(member.resolved) is None]
     to_do = tuple(folder for folder in healthy if not _is_evaluated(folder, config.steps))
     if to_do:
-        evaluate(EvaluateConfig(to_do, sequences=config.sequences))
+        evaluate(EvaluateConfig(to_do, sequences=config.sequences, concept_rows=config.concept_rows))
     return True
 
 

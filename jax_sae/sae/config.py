@@ -46,7 +46,8 @@ class SAEConfig:
       apply_b_dec_to_input: whether an MLP encoder subtracts ``b_dec`` from its input.
       query_projection: whether the attention has a ``W_Q``.
       attention_init: ``"identity"`` starts from random concepts of norm 1 and identity projections, so that a concept
-        is its own key and value; ``"kaiming_uniform"`` draws all of them at random, keys unrelated to values.
+        is its own key and value (a longer value where probabilities weigh it); ``"kaiming_uniform"`` draws all of
+        them at random, keys unrelated to values.
       projection_rate: factor on the updates of ``W_Q``, ``W_K`` and ``W_V``. Adam moves every entry by about the
         learning rate: that moves a concept by about ``sqrt(d_in)`` times as much, but a projection, whose entries can
         move together, by up to ``d_in`` times as much.

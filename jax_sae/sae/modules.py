@@ -83,15 +83,21 @@ class SparseAutoencoder(nnx.Module):
         d, m = self.config.d_in, self.config.n_concepts
         identity = self.config.attention_init == "identity"
 
-        def projection() -> nnx.Param:
-            return nnx.Param(jnp.eye(d) if identity else _kaiming_uniform(rngs.params(), (d, d), fan_in=d))
+        def projection(scale: float = 1.0) -> nnx.Param:
+            return nnx.Param(scale * jnp.eye(d) if identity else _kaiming_uniform(rngs.params(), (d, d), fan_in=d))
 
         key = rngs.params()
         self.concepts = nnx.Param(_unit_rows(key, (m, d)) if identity else _kaiming_uniform(key, (m, d), fan_in=m))
         self.W_K = projection()
-        self.W_V = projection()
+        self.W_V = projection(self._value_norm())
         if self.config.query_projection:
             self.W_Q = projection()
+
+    def _value_norm(self) -> float:
+        """What values begin at: probabilities add up to 1, so that their values are as long as the normalised input."""
+        config = self.config
+        averages = config.values == "probabilities" and config.normalize_input == "mean_norm"
+        return config.d_in**0.5 if averages else 1.0
 
     def _init_mlp(self, rngs: nnx.Rngs, statistics: Any) -> None:
         """Random unit decoder rows, the encoder their transpose, b_dec at the centre of the data."""

@@ -1,8 +1,4 @@
-"""sparsemax against float64 sorting, answers known beforehand and the reference's recorded numbers."""
-
-import functools
-import json
-from pathlib import Path
+"""sparsemax against float64 sorting and answers known beforehand."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +6,9 @@ import numpy as np
 import pytest
 
 import jax_sae
-from tests.ops.reference import jacobian, scores, sparsemax_rows
+from tests.ops.reference import scores, sparsemax_rows
 
 IMPLEMENTATIONS = ["xla", "sort"]
-GOLDEN = Path(__file__).parent.parent / "goldens" / "sparsemax_op_public.npz"
 
 sparsemax = jax.jit(jax_sae.sparsemax, static_argnames=("axis", "implementation"))
 
@@ -141,36 +136,3 @@ def test_what_has_no_projection_is_refused(function):
         function(jnp.float32(1.0))
     with pytest.raises(ValueError, match="implementation is 'fast'; expected None or one of xla, sort"):
         function(jnp.zeros((0, 3)), implementation="fast")
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("prefix", ["wide_", "wide_small_", "wide_dense_"])
-def test_equals_the_reference_on_wide_rows(prefix, implementation):
-    with np.load(GOLDEN, allow_pickle=False) as golden:
-        z, p, cotangent, vjp = (golden[prefix + name] for name in ("z", "p", "g", "vjp"))
-    got, pullback = jax.vjp(functools.partial(sparsemax, implementation=implementation), z)
-    np.testing.assert_allclose(got, p, atol=2e-6 * np.abs(p).max())
-    np.testing.assert_allclose(pullback(jnp.asarray(cotangent))[0], vjp, atol=2e-6 * np.abs(vjp).max())
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("prefix", "tolerance"), [("", 2e-6), ("f64_", 1e-12)])
-def test_equals_the_reference_on_named_rows(prefix, tolerance, implementation):
-    names = json.loads(GOLDEN.with_suffix(".json").read_text())["row_names"]
-    with np.load(GOLDEN, allow_pickle=False) as golden:
-        z, p, cotangent, vjp, jacobians = (golden[prefix + name] for name in ("z", "p", "g", "vjp", "jacobian"))
-    with jax.enable_x64(prefix == "f64_"):
-        f = functools.partial(sparsemax, implementation=implementation)
-        got, pullback = jax.vjp(f, jnp.asarray(z))
-        got_vjp, got_jacobians = np.asarray(pullback(jnp.asarray(cotangent))[0]), jax.vmap(jax.jacrev(f))(z)
-    assert got.dtype == z.dtype
-    for row, name in enumerate(names):
-        np.testing.assert_allclose(got[row], p[row], atol=tolerance, err_msg=name)
-        if name.startswith(("one-hot", "two-way tie filling", "four-way tie filling")):
-            # Entries exactly at the threshold: the reference lets the gradient through, here their derivative is 0.
-            expected, expected_vjp = jacobian(p[row]), jacobian(p[row]) @ cotangent[row]
-            assert np.abs(expected - jacobians[row]).max() > 0.1
-        else:
-            expected, expected_vjp = jacobians[row], vjp[row]
-        np.testing.assert_allclose(got_jacobians[row], expected, atol=tolerance, err_msg=name)
-        np.testing.assert_allclose(got_vjp[row], expected_vjp, atol=tolerance * np.abs(vjp).max(), err_msg=name)

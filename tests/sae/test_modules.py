@@ -6,10 +6,11 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from jax_sae import Preset, SAEConfig, SparseAutoencoder, init_stats
+from jax_sae import Preset, SAEConfig, SparseAutoencoder, init_stats, init_train_state, train_step
 from tests.ops.reference import entmax_rows, sparsemax_rows
 
 D, M, B = 12, 40, 9
@@ -175,8 +176,26 @@ def test_the_attention_can_start_kaiming_uniform():
 def test_the_attention_starts_with_concepts_of_norm_1_that_are_their_own_keys_and_values():
     model = SparseAutoencoder(SAEConfig.preset("sparsemax_paper", 16, 60), rngs=nnx.Rngs(0))
     np.testing.assert_allclose(np.linalg.norm(model.concepts[...], axis=-1), 1, rtol=1e-6)
-    for projection in (model.W_K, model.W_V, model.W_Q):
+    for projection in (model.W_K, model.W_Q):
         np.testing.assert_array_equal(projection[...], np.eye(16))
+    np.testing.assert_array_equal(model.W_V[...], 4 * np.eye(16))  # probabilities average values of the input's norm
+    scores = SparseAutoencoder(SAEConfig.preset("sparsemax", 16, 60), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(scores.W_V[...], np.eye(16))
+
+
+def test_projections_move_by_a_fraction_of_the_update():
+    moved = {}
+    for rate in (1.0, 0.25, 0.0):
+        config = SAEConfig.preset("sparsemax", D, M, projection_rate=rate)
+        state = init_train_state(config, optax.sgd(0.1), jax.random.key(0))
+        before = jax.device_get(state.model)
+        state, _ = train_step(config, optax.sgd(0.1), state, jax.random.normal(jax.random.key(1), (B, D)))
+        moved[rate] = {n: getattr(state.model, n)[...] - getattr(before, n)[...] for n in ("concepts", "W_K", "W_V")}
+    for name in ("W_K", "W_V"):
+        assert np.abs(moved[1.0][name]).max() > 1e-3
+        np.testing.assert_allclose(moved[0.25][name], 0.25 * moved[1.0][name], atol=1e-6)
+        np.testing.assert_array_equal(moved[0.0][name], 0)
+    np.testing.assert_array_equal(moved[0.25]["concepts"], moved[1.0]["concepts"])
 
 
 def test_bfloat16_rows_are_computed_in_float32():

@@ -185,6 +185,7 @@ def test_what_cannot_be_varied_is_named(token, message):
         (dict(batch_size=4096), r"--batch-size is 4096 but .* has 1140 training rows"),
         (dict(steps=0), "--steps is 0; expected at least 1"),
         (dict(sequences=-1), "--sequences is -1; expected at least 0"),
+        (dict(concept_rows=0), "--concept-rows is 0; expected at least 1"),
         (dict(holdout=0.0), "holds out no rows to compare on; give --holdout above 0"),
     ],
 )
