@@ -54,7 +54,7 @@ class CompareConfig:
     data: Path | None = None
     workdir: Path = Path("runs/compare")
     presets: tuple[Preset, ...] = ("sparsemax", "mlp_sparsemax", "attention_relu", "relu", "topk", "batch_topk")
-    steps: int = 600
+    steps: int = 300
     batch_size: int = 1024
     n_concepts: int | None = None
     seeds: tuple[int, ...] = (0,)
@@ -62,13 +62,13 @@ class CompareConfig:
     k: tuple[int, ...] = (32,)
     match_k: bool = True
     vary: tuple[str, ...] = ()
-    warmup_steps: int = 200
+    warmup_steps: int = 100
     decay_fraction: float = 0.2
     clip_norm: float | None = None
     holdout: float = 0.05
     drop_non_finite: bool = False
     verify: bool = True
-    checkpoint_every: int = 200
+    checkpoint_every: int = 100
     log_every: int = 20
     sequences: int = 48
     concept_rows: int = 20_000

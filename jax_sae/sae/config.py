@@ -46,12 +46,12 @@ class SAEConfig:
       apply_b_dec_to_input: whether an MLP encoder subtracts ``b_dec`` from its input.
       query_projection: whether the attention has a ``W_Q``.
       attention_init: ``"identity"`` starts from random concepts of norm 1 and identity projections, so that a concept
-        is its own key and value (a longer value where probabilities weigh it); ``"kaiming_uniform"`` draws all of
+        is its own key and value, up to the length of the value; ``"kaiming_uniform"`` draws all of
         them at random, keys unrelated to values.
       projection_rate: factor on the updates of ``W_Q``, ``W_K`` and ``W_V``. Adam moves every entry by about the
         learning rate: that moves a concept by about ``sqrt(d_in)`` times as much, but a projection, whose entries can
         move together, by up to ``d_in`` times as much.
-      score_scale: factor on the scores.
+      score_scale: factor on the scores; a smaller one starts sparsemax and entmax with more active concepts.
       center_input: subtract the data's mean from the input and add it back to the reconstruction.
       normalize_input: ``"unit_norm"`` divides every row by its own norm and multiplies the reconstruction
         by it; ``"mean_norm"`` applies one factor to all rows, so that their mean norm is ``sqrt(d_in)``.
@@ -144,6 +144,7 @@ class SAEConfig:
             not self.projection_rate >= 0,
             f"projection_rate is {self.projection_rate}; expected 0 or more (0 keeps the projections as they are)",
         )
+        yield not self.score_scale > 0, f"score_scale is {self.score_scale}; expected a positive number"
         yield not self.bandwidth > 0, f"bandwidth is {self.bandwidth}; expected a positive number"
         yield self.activation == "entmax" and not self.alpha > 1, f"alpha is {self.alpha}; expected a number above 1"
         yield self.target_l0 is not None and not self.target_l0 > 0, f"target_l0 is {self.target_l0}; expected above 0"
@@ -244,11 +245,18 @@ _PRESETS: dict[str, dict[str, Any]] = {
     | dict(encoder="mlp", activation="sparsemax", frequency_cap=0.1, unit_norm_decoder=True),
     "attention_relu": _ATTENTION
     | dict(activation="relu", sparsity_coefficient=0.05, sparsity_of="contributions", sparsity_warmup_steps=200),
-    "entmax": _ATTENTION | dict(activation="entmax", frequency_cap=0.1),
-    "relu": _MLP | dict(activation="relu", sparsity_coefficient=1.0, sparsity_warmup_steps=200),
+    "entmax": _ATTENTION | dict(activation="entmax", score_scale=8.0, frequency_cap=0.1),
+    "relu": _MLP | dict(activation="relu", sparsity_coefficient=2.0, sparsity_warmup_steps=200),
     "jumprelu": _MLP
-    | dict(activation="jumprelu", sparsity_loss="l0", sparsity_coefficient=1.0, sparsity_warmup_steps=200),
-    "gated": _MLP | dict(activation="gated", sparsity_coefficient=1.0, sparsity_warmup_steps=200),
+    | dict(
+        activation="jumprelu",
+        threshold_init=1.0,
+        bandwidth=0.5,
+        sparsity_loss="l0",
+        sparsity_coefficient=1.0,
+        sparsity_warmup_steps=200,
+    ),
+    "gated": _MLP | dict(activation="gated", sparsity_coefficient=4.0, sparsity_warmup_steps=200),
     "topk": _MLP | dict(activation="topk"),
     "batch_topk": _MLP | dict(activation="batch_topk"),
     "matryoshka_batch_topk": _MLP

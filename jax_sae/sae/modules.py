@@ -94,10 +94,14 @@ class SparseAutoencoder(nnx.Module):
             self.W_Q = projection()
 
     def _value_norm(self) -> float:
-        """What values begin at: probabilities add up to 1, so that their values are as long as the normalised input."""
+        """The length that values begin at, so that the first reconstruction has that of the input.
+
+        Raw scores carry ``score_scale``; probabilities add up to 1.
+        """
         config = self.config
-        averages = config.values == "probabilities" and config.normalize_input == "mean_norm"
-        return config.d_in**0.5 if averages else 1.0
+        if config.values == "scores":
+            return 1 / config.score_scale
+        return config.d_in**0.5 if config.normalize_input == "mean_norm" else 1.0
 
     def _init_mlp(self, rngs: nnx.Rngs, statistics: Any) -> None:
         """Random unit decoder rows, the encoder their transpose, b_dec at the centre of the data."""

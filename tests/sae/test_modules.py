@@ -52,7 +52,7 @@ def definition(config, model, stats, x):
         z = config.score_scale * (u @ w.get("W_Q", np.eye(D))) @ keys.T
         bias = 0
     else:
-        product = (u - w["b_dec"] * config.apply_b_dec_to_input) @ w["W_enc"]
+        product = config.score_scale * (u - w["b_dec"] * config.apply_b_dec_to_input) @ w["W_enc"]
         z = product + w["b_gate" if config.activation == "gated" else "b_enc"]
         values, bias = w["W_dec"], w["b_dec"]
     if config.frequency_cap is not None:
@@ -118,7 +118,7 @@ def test_parts_of_the_dictionary_add_up(name):
 
 
 def test_a_learned_alpha_starts_at_its_setting_and_has_a_gradient():
-    config = SAEConfig.preset("entmax", D, M, values="probabilities", learn_alpha=True, alpha=1.7)
+    config = SAEConfig.preset("entmax", D, M, values="probabilities", learn_alpha=True, alpha=1.7, score_scale=1.0)
     model = SparseAutoencoder(config, rngs=nnx.Rngs(0))
     assert float(model.alpha()) == pytest.approx(1.7, rel=1e-6)
     _, _, stats, x = make("entmax", values="probabilities", learn_alpha=True)
@@ -179,8 +179,8 @@ def test_the_attention_starts_with_concepts_of_norm_1_that_are_their_own_keys_an
     for projection in (model.W_K, model.W_Q):
         np.testing.assert_array_equal(projection[...], np.eye(16))
     np.testing.assert_array_equal(model.W_V[...], 4 * np.eye(16))  # probabilities average values of the input's norm
-    scores = SparseAutoencoder(SAEConfig.preset("sparsemax", 16, 60), rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(scores.W_V[...], np.eye(16))
+    scores = SparseAutoencoder(SAEConfig.preset("sparsemax", 16, 60, score_scale=2.0), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(scores.W_V[...], np.eye(16) / 2)
 
 
 def test_projections_move_by_a_fraction_of_the_update():
