@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -199,9 +200,14 @@ def _described(
         "n_concepts": sizes.pop() if len(sizes) == 1 else None,
         "seeds": list(config.seeds),
         "data_seed": config.seeds[0],
-        "device": jax.local_devices()[0].device_kind,
+        "device": _device(),
         "matched_k": matched,
     }
+
+
+def _device() -> str:
+    kind = jax.local_devices()[0].device_kind
+    return f"{kind}, {os.cpu_count()} cores" if kind == "cpu" else kind
 
 
 def main(config: CompareConfig) -> None:

@@ -190,6 +190,8 @@ HOW_TO_READ = (
     "Bold: the best of rows that may be compared, which have the same budget and dictionary and about as many active "
     "concepts (within 10 %); rows are in blocks of those. Numbers after ± are standard deviations over seeds.",
     "L0 is the fraction of concepts that are zero. CE degradation is CE with SAE - CE clean.",
+    "CKNNA compares scalar products of raw rows, as published. Where a few rows are far longer than the rest, as in "
+    "language models, these are everyone's neighbours: it can then exceed 1 and says little.",
 )
 
 
