@@ -57,8 +57,9 @@ class SAEConfig:
         by it; ``"mean_norm"`` applies one factor to all rows, so that their mean norm is ``sqrt(d_in)``.
       frequency_cap: concepts that fire on more than this fraction of rows get score 0; None for no cap.
       loss: ``"squared_error"`` sums over features, ``"mse"`` averages over them, ``"mse_over_norm"`` averages
-        and divides by the norm of the centred input row. Each is averaged over rows, in normalised units but for
-        ``"mse_over_norm"``, which is in the data's units.
+        and divides by the norm of the centred input row. Each is averaged over rows, in normalised units (under
+        ``"unit_norm"`` relative to the squared norm, so that all rows count alike) but for ``"mse_over_norm"``, which
+        is in the data's units: long rows count more.
       loss_scale: factor on the reconstruction loss.
       group_fractions: consecutive parts of the dictionary, as fractions that add up to 1; the loss is then the mean
         over the reconstructions from the first part, the first two, and so on (Matryoshka, Bussmann et al. 2025).
@@ -224,8 +225,6 @@ _ATTENTION: dict[str, Any] = dict(
     encoder="attention",
     center_input=True,
     normalize_input="unit_norm",
-    loss="mse_over_norm",
-    loss_scale=10.0,
 )
 _MLP: dict[str, Any] = dict(
     encoder="mlp", normalize_input="mean_norm", unit_norm_decoder=True, b_dec_init="geometric_median"
@@ -244,7 +243,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "mlp_sparsemax": _ATTENTION
     | dict(encoder="mlp", activation="sparsemax", frequency_cap=0.1, unit_norm_decoder=True),
     "attention_relu": _ATTENTION
-    | dict(activation="relu", sparsity_coefficient=0.05, sparsity_of="contributions", sparsity_warmup_steps=200),
+    | dict(
+        activation="relu",
+        loss="mse_over_norm",
+        loss_scale=10.0,
+        sparsity_coefficient=0.05,
+        sparsity_of="contributions",
+        sparsity_warmup_steps=200,
+    ),
     "entmax": _ATTENTION | dict(activation="entmax", score_scale=8.0, frequency_cap=0.1),
     "relu": _MLP | dict(activation="relu", sparsity_coefficient=2.0, sparsity_warmup_steps=200),
     "jumprelu": _MLP

@@ -37,55 +37,47 @@ def sae_loss(
     """
     config = model.config
     output = model(x, stats, training=training, axis_name=axis_name)
-    terms = {"reconstruction": reconstruction_loss(model, stats, output, x, row_weights)}
+    terms = {"reconstruction": reconstruction_loss(model, output, row_weights)}
     if config.sparsity_coefficient:
         warmup = jnp.minimum(1.0, (step + 1) / max(config.sparsity_warmup_steps, 1))
         terms["sparsity"] = config.sparsity_coefficient * warmup * sparsity_penalty(model, output, axis_name)
     if config.activation == "gated":
-        terms["gate"] = gate_loss(model, stats, output, x)
+        terms["gate"] = gate_loss(model, output)
     if config.pre_activation_coefficient and training:
         terms["pre_activation"] = config.pre_activation_coefficient * pre_activation_loss(model, stats, output)
     if config.aux_k and training:
-        terms["aux"] = config.aux_coefficient * auxiliary_loss(model, stats, output, x, axis_name)
+        terms["aux"] = config.aux_coefficient * auxiliary_loss(model, stats, output, axis_name)
     return sum(terms.values(), jnp.float32(0)), (output, terms)
 
 
-def reconstruction_loss(
-    model: SparseAutoencoder,
-    stats: SAEStats,
-    output: SAEOutput,
-    x: jax.Array,
-    row_weights: jax.Array | None = None,
-) -> jax.Array:
+def reconstruction_loss(model: SparseAutoencoder, output: SAEOutput, row_weights: jax.Array | None = None) -> jax.Array:
     """[] mean over rows of the reconstruction error in the form ``config.loss`` names, and over Matryoshka prefixes."""
     config = model.config
-    error = lambda x_hat: _error(config, stats, x_hat, x, output.norm, row_weights)  # noqa: E731
-    total, partial, first = error(output.x_hat), jnp.zeros_like(output.normalized), 0
+    total, partial, first = _error(config, output, output.y, row_weights), jnp.zeros_like(output.y), 0
     for size in config.group_sizes[:-1]:
         group = slice(first, first + size)
         partial = partial + model.decode_linear(output.activations[..., group], group)
-        total, first = total + error(model.denormalize(partial, output.norm, stats)), first + size
+        total, first = total + _error(config, output, model.add_b_dec(partial), row_weights), first + size
     return total / len(config.group_sizes)
 
 
-def _error(
-    config: SAEConfig,
-    stats: SAEStats,
-    x_hat: jax.Array,
-    x: jax.Array,
-    norm: jax.Array,
-    row_weights: jax.Array | None = None,
-) -> jax.Array:
-    x = x.astype(jnp.float32)
-    squares = (x_hat - x) ** 2
+def _error(config: SAEConfig, output: SAEOutput, y: jax.Array, row_weights: jax.Array | None = None) -> jax.Array:
+    """The error of ``y`` as a reconstruction of the normalised rows: no digit is lost to a mean that is far from 0."""
+    rows = jnp.sum((y - output.normalized) ** 2, axis=-1)
+    if config.loss != "squared_error":
+        rows = rows / config.d_in
     if config.loss == "mse_over_norm":
-        if config.normalize_input != "unit_norm":
-            centred = x - stats.mean.reshape((1,) * (x.ndim - 1) + stats.mean.shape)
-            norm = jnp.maximum(jnp.linalg.norm(centred, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-        rows = jnp.mean(squares / norm, axis=-1)
-    else:
-        rows = jnp.sum(squares / norm**2, axis=-1) / (config.d_in if config.loss == "mse" else 1)
+        rows = rows * _squared_norm_over_length(config, output)
     return config.loss_scale * jnp.mean(rows if row_weights is None else rows * row_weights)
+
+
+def _squared_norm_over_length(config: SAEConfig, output: SAEOutput) -> jax.Array:
+    """[...] what takes a squared error back to the data's units and divides it by the length of the centred row."""
+    norm = output.norm[..., 0]
+    if config.normalize_input == "unit_norm":
+        return norm
+    length = jnp.linalg.norm(output.normalized, axis=-1) * norm
+    return norm**2 / jnp.maximum(length, jnp.finfo(jnp.float32).tiny)
 
 
 def sparsity_penalty(model: SparseAutoencoder, output: SAEOutput, axis_name: str | None = None) -> jax.Array:
@@ -110,16 +102,14 @@ def sparsity_penalty(model: SparseAutoencoder, output: SAEOutput, axis_name: str
     return jnp.sum(jnp.mean(sizes, axis=0))
 
 
-def gate_loss(model: SparseAutoencoder, stats: SAEStats, output: SAEOutput, x: jax.Array) -> jax.Array:
+def gate_loss(model: SparseAutoencoder, output: SAEOutput) -> jax.Array:
     """[] reconstruction error from the open gates alone, the decoder a constant: what trains the gates.
 
     Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated Sparse Autoencoders" (arXiv 2404.16014),
     equation 8.
     """
     rows, bias = (jax.lax.stop_gradient(w[...]) for w in (model.W_dec, model.b_dec))
-    y = jax.nn.relu(output.scores) @ rows + bias[None, :]
-    x_hat = y * output.norm + stats.mean[None, :]
-    return _error(model.config, stats, x_hat, x, output.norm)
+    return _error(model.config, output, jax.nn.relu(output.scores) @ rows + bias[None, :])
 
 
 def pre_activation_loss(model: SparseAutoencoder, stats: SAEStats, output: SAEOutput) -> jax.Array:
@@ -130,7 +120,7 @@ def pre_activation_loss(model: SparseAutoencoder, stats: SAEStats, output: SAEOu
 
 
 def auxiliary_loss(
-    model: SparseAutoencoder, stats: SAEStats, output: SAEOutput, x: jax.Array, axis_name: str | None = None
+    model: SparseAutoencoder, stats: SAEStats, output: SAEOutput, axis_name: str | None = None
 ) -> jax.Array:
     """[] AuxK: how well the ``aux_k`` strongest dead concepts explain what the others left over.
 
@@ -139,7 +129,7 @@ def auxiliary_loss(
     0 while no concept is dead; nothing is computed then.
     """
     dead = dead_concepts(model.config, stats)
-    residual = jax.lax.stop_gradient((x.astype(jnp.float32) - output.x_hat) / output.norm)
+    residual = jax.lax.stop_gradient(output.normalized - output.y)
 
     def with_dead(scores: jax.Array) -> jax.Array:
         candidates = jnp.where(dead[None, :], jax.nn.relu(scores), 0.0)

@@ -25,6 +25,7 @@ class SAEOutput:
       scores: [..., M] scores before the activation, after the frequency cap; for gated, of the gates.
       normalized: [..., d_in] the centred and normalised input that was encoded.
       norm: [..., 1] what the normalised input is multiplied by to give back the centred one.
+      y: [..., d_in] reconstruction of ``normalized``; ``x_hat = norm * y + mean``.
     """
 
     x_hat: jax.Array
@@ -32,6 +33,7 @@ class SAEOutput:
     scores: jax.Array
     normalized: jax.Array
     norm: jax.Array
+    y: jax.Array
 
 
 class SparseAutoencoder(nnx.Module):
@@ -132,8 +134,8 @@ class SparseAutoencoder(nnx.Module):
         u, norm = self.normalize(x, stats)
         scores = self.scores(u, stats)
         activations = self.select(scores, stats, training=training, axis_name=axis_name)
-        x_hat = self.denormalize(self.decode_linear(activations), norm, stats)
-        return SAEOutput(x_hat, activations, scores, u, norm)
+        y = self.add_b_dec(self.decode_linear(activations))
+        return SAEOutput(self.denormalize(y, norm, stats), activations, scores, u, norm, y)
 
     def encode(self, x: jax.Array, stats: SAEStats) -> jax.Array:
         """[..., d_in] rows to [..., M] activations, as at evaluation."""
@@ -152,7 +154,7 @@ class SparseAutoencoder(nnx.Module):
             if self.config.normalize_input == "unit_norm":
                 raise ValueError("decode needs norm, the norm of each centred input row, with unit_norm inputs")
             norm = jnp.ones((1,) * activations.ndim) / stats.scale
-        return self.denormalize(self.decode_linear(activations), norm, stats)
+        return self.denormalize(self.add_b_dec(self.decode_linear(activations)), norm, stats)
 
     def normalize(self, x: jax.Array, stats: SAEStats) -> tuple[jax.Array, jax.Array]:
         """(u [..., d_in], norm [..., 1]) with ``u * norm + mean = x``; the norm of a zero row is tiny, not 0."""
@@ -164,10 +166,12 @@ class SparseAutoencoder(nnx.Module):
             norm = jnp.ones((*x.shape[:-1], 1)) / stats.scale
         return centred / norm, norm
 
+    def add_b_dec(self, y: jax.Array) -> jax.Array:
+        """[..., d_in] sums of decoder rows to reconstructions in normalised units."""
+        return y + _as_row(self.b_dec[...], y.ndim) if self.config.encoder == "mlp" else y
+
     def denormalize(self, y: jax.Array, norm: jax.Array, stats: SAEStats) -> jax.Array:
-        """[..., d_in] sums of decoder rows to reconstructions: ``b_dec`` added, scaled by ``norm``, the mean added."""
-        if self.config.encoder == "mlp":
-            y = y + _as_row(self.b_dec[...], y.ndim)
+        """[..., d_in] reconstructions in normalised units to the data's: scaled by ``norm``, the mean added."""
         return y * norm + _as_row(stats.mean, y.ndim)
 
     def scores(self, u: jax.Array, stats: SAEStats) -> jax.Array:

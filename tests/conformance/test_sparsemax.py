@@ -56,9 +56,10 @@ def test_named_rows(golden, prefix, tolerance, implementation):
 
 
 def reference(arrays, **overrides):
-    """The reference's model: the preset without mean-centring and without smaller steps of the projections."""
+    """The reference's model: the preset with its loss and equal steps of all parameters, without mean-centring."""
     m, d = arrays["concept"].shape
-    config = SAEConfig.preset("sparsemax", d, m, center_input=False, projection_rate=1.0, **overrides)
+    recipe = dict(loss="mse_over_norm", loss_scale=10.0, projection_rate=1.0)
+    config = SAEConfig.preset("sparsemax", d, m, center_input=False, **recipe, **overrides)
     model = with_parameters(config, **{ours: arrays[theirs] for ours, theirs in NAMES.items()})
     return model, init_stats(config)
 
