@@ -100,3 +100,27 @@ def test_auxk_moves_dead_concepts_and_nothing_else():
 def test_auxk_is_zero_while_nothing_is_dead():
     config, model, _, _, x = aux_case()
     assert sae_loss(model, init_stats(config), x, 0)[1][1]["aux"] == 0
+
+
+@pytest.mark.parametrize("preset", ["sparsemax", "mlp_sparsemax"])
+def test_a_row_far_longer_than_the_others_does_not_outweigh_them(preset):
+    config = SAEConfig.preset(preset, 4, 30)
+    model, stats = SparseAutoencoder(config, rngs=nnx.Rngs(0)), init_stats(config)
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+    grad = jax.jit(jax.grad(lambda model, x: sae_loss(model, stats, x, 0)[0]))
+    plain, stretched = grad(model, x), grad(model, x * jnp.array([1, 1, 1000.0, 1, 1])[:, None])
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(stretched), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_rows_near_a_mean_that_is_far_from_zero_have_the_error_of_their_direction():
+    config = SAEConfig.preset("sparsemax", 4, 30)
+    model, stats = SparseAutoencoder(config, rngs=nnx.Rngs(0)), init_stats(config)
+    u = jax.random.normal(jax.random.key(0), (5, 4))
+    far = dataclasses.replace(stats, mean=jnp.full(4, 1024.0))
+    step = 2.0**-10  # exact beside the mean
+    rows = jnp.round(u / step) * step
+    expected = sae_loss(model, stats, rows, 0)[0]
+    assert sae_loss(model, far, 1024.0 + rows, 0)[0] == pytest.approx(float(expected), rel=1e-6)
+    at_the_mean = jnp.full((1, 4), 1024.0)
+    assert sae_loss(model, far, at_the_mean, 0)[0] < 1
