@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from jax_sae import InputError, Preset, SAEConfig
 from jax_sae.data import ActivationSet
 
-# The best FVU of 1e-3, 2e-3 and 4e-3 over a short run: benchmarks/results/learning_rates.md.
+# Chosen from 1e-3, 2e-3 and 4e-3 on short runs: benchmarks/results/learning_rates.md.
 LEARNING_RATES: dict[Preset, float] = dict.fromkeys(get_args(Preset), 4e-3)
 
 Overrides = dataclasses.make_dataclass(
