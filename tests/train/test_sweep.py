@@ -12,7 +12,7 @@ from tests.train.application import records
 from train import sweep
 from train.checkpoint import Checkpoints
 from train.compare import CompareConfig
-from train.config import Overrides
+from train.config import LEARNING_RATES, Overrides
 from train.files import write_json
 from train.logs import PendingMetrics
 from train.loop import train
@@ -149,7 +149,7 @@ def test_a_finished_sweep_is_left_alone(whole, rows_file, monkeypatch):
 
 
 def test_a_run_that_diverges_is_left_out_and_the_others_go_on(whole, rows_file, tmp_path, capsys):
-    changes = dict(learning_rates=(1e-3, 1e30), vary=("sparsity_coefficient=1",))
+    changes = dict(learning_rates=(LEARNING_RATES["relu"], 1e30), vary=("sparsity_coefficient=1",))
     finished, (good, wild) = train_members(rows_file, tmp_path, **changes)
     assert finished
     assert sweep.failure(good.resolved) is None
