@@ -166,7 +166,7 @@ def _train_and_evaluate(
     if not train_together([member.resolved for member in of], activations, statistics, config.workdir):
         return False
     healthy = [_folder(member) for member in of if failure(member.resolved) is None]
-    to_do = tuple(folder for folder in healthy if not _is_evaluated(folder, config.steps))
+    to_do = tuple(folder for folder in healthy if not _is_evaluated(folder, config))
     if to_do:
         evaluate(EvaluateConfig(to_do, sequences=config.sequences, concept_rows=config.concept_rows))
     return True
@@ -177,9 +177,11 @@ def _refuse_other_runs(of: Sequence[Member]) -> None:
         refuse_other_run(_folder(member), member.resolved)
 
 
-def _is_evaluated(folder: Path, step: int) -> bool:
+def _is_evaluated(folder: Path, config: CompareConfig) -> bool:
+    """Whether there is an evaluation of the last step with the same settings."""
     path = folder / "evaluation.json"
-    return path.exists() and read_json(path)["step"] == step
+    wanted = {"step": config.steps, "sequences": config.sequences, "concept_rows": config.concept_rows}
+    return path.exists() and wanted.items() <= read_json(path).items()
 
 
 def _folder(member: Member) -> Path:

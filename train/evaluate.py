@@ -30,8 +30,8 @@ class EvaluateConfig:
       data: another activation set to evaluate on; the held-out rows of the one trained on without it.
       checkpoint: the latest, or the best by validation FVU.
       batch_size: rows at one time.
-      cknna_rows: held-out rows per batch of CKNNA, whose activations are in memory at one time; a smaller set is one
-        batch; 0 leaves it out.
+      cknna_rows: held-out rows per batch of CKNNA, whose activations are in memory at one time. Rows that fill no
+        batch take no part, unless there are fewer altogether; 0 leaves CKNNA out.
       sequences: held-out sequences for the spliced loss of a language model; 0 leaves it out.
       concept_rows: rows, the last ones of the set, that the contexts of concepts are looked for in.
     """
@@ -125,6 +125,8 @@ def evaluate_rows(
         "step": run.step,
         "steps": run.config.steps,
         "rows": rows,
+        "sequences": config.sequences,
+        "concept_rows": config.concept_rows,
         **measured.numbers,
     }
     undefined = [n for n, value in evaluation.items() if isinstance(value, float) and not np.isfinite(value)]

@@ -52,7 +52,12 @@ METRICS = (
     Metric(
         "cknna", "CKNNA", "whether the nearest inputs, by scalar product, are the nearest by concepts too", "higher"
     ),
-    Metric("cknna_rows", "Inputs of a CKNNA batch", "neighbours are looked for among them", show=_count),
+    Metric(
+        "cknna_rows",
+        "Inputs of a CKNNA batch",
+        "neighbours are looked for among them; a rest takes no part",
+        show=_count,
+    ),
     Metric("do", "DO", "overlap of decoder rows at norm 1: mean squared cosine of two of them", "lower"),
     Metric("do_raw", "DO raw", "the same of the decoder rows as they are"),
     Metric("ms_mean", "MEAN-MS", "monosemanticity: how alike the items are that a concept fires on, mean", "higher"),

@@ -71,6 +71,17 @@ def test_the_same_command_again_trains_and_evaluates_nothing(compared, monkeypat
     assert (compared.workdir / "comparison.md").read_text() in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("changed", [dict(sequences=1), dict(concept_rows=10)])
+def test_other_settings_of_the_evaluation_evaluate_again_and_train_nothing(compared, monkeypatch, changed):
+    asked = []
+    monkeypatch.setattr(module, "evaluate", lambda settings: asked.append(settings))
+    before = {path: path.stat().st_mtime_ns for path in compared.workdir.glob("*/checkpoints/*")}
+    compare(dataclasses.replace(compared, **changed))
+    assert before == {path: path.stat().st_mtime_ns for path in compared.workdir.glob("*/checkpoints/*")}
+    assert [len(settings.workdirs) for settings in asked] == [1, 1]
+    assert all(vars(settings).items() >= changed.items() for settings in asked)
+
+
 def test_a_workdir_of_another_comparison_is_refused_naming_the_fields(compared, rows_file, tmp_path):
     files = sorted(compared.workdir.rglob("*"))
     with pytest.raises(InputError, match=r"sparsemax holds a run with another configuration \(.*warmup_steps: 5 -> 6"):
