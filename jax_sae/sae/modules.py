@@ -89,7 +89,9 @@ class SparseAutoencoder(nnx.Module):
             return nnx.Param(scale * jnp.eye(d) if identity else _kaiming_uniform(rngs.params(), (d, d), fan_in=d))
 
         key = rngs.params()
-        self.concepts = nnx.Param(_unit_rows(key, (m, d)) if identity else _kaiming_uniform(key, (m, d), fan_in=m))
+        self.concepts = nnx.Param(
+            _random_directions(key, (m, d)) if identity else _kaiming_uniform(key, (m, d), fan_in=m)
+        )
         self.W_K = projection()
         self.W_V = projection(self._value_norm())
         if self.config.query_projection:
@@ -108,7 +110,7 @@ class SparseAutoencoder(nnx.Module):
     def _init_mlp(self, rngs: nnx.Rngs, statistics: Any) -> None:
         """Random unit decoder rows, the encoder their transpose, b_dec at the centre of the data."""
         d, m = self.config.d_in, self.config.n_concepts
-        rows = _unit_rows(rngs.params(), (m, d))
+        rows = _random_directions(rngs.params(), (m, d))
         self.W_enc = nnx.Param(jnp.array(rows.T))
         if self.config.activation == "gated":
             self.b_gate, self.r_mag, self.b_mag = (nnx.Param(jnp.zeros(m)) for _ in range(3))
@@ -258,7 +260,7 @@ def _as_row(vector: jax.Array, ndim: int) -> jax.Array:
     return vector.reshape((1,) * (ndim - 1) + vector.shape)
 
 
-def _unit_rows(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def _random_directions(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Random directions."""
     rows = jax.random.normal(key, shape)
     return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
