@@ -1,6 +1,9 @@
 """Sparse autoencoders in JAX, with sparsemax attention over concepts at their heart."""
 
+from jax_sae.capacity import capacity_limit as capacity_limit
+from jax_sae.capacity import choose_capacity as choose_capacity
 from jax_sae.errors import InputError as InputError
+from jax_sae.memory import keep_freed_memory as keep_freed_memory
 from jax_sae.ops import SparseCodes as SparseCodes
 from jax_sae.ops import batch_top_k_threshold as batch_top_k_threshold
 from jax_sae.ops import entmax as entmax
@@ -12,12 +15,14 @@ from jax_sae.ops import sparsemax_threshold as sparsemax_threshold
 from jax_sae.ops import step_above as step_above
 from jax_sae.ops import to_codes as to_codes
 from jax_sae.ops import top_k_mask as top_k_mask
+from jax_sae.sae import Capacity as Capacity
 from jax_sae.sae import Preset as Preset
 from jax_sae.sae import SAEConfig as SAEConfig
 from jax_sae.sae import SAEOutput as SAEOutput
 from jax_sae.sae import SAEStats as SAEStats
 from jax_sae.sae import SparseAutoencoder as SparseAutoencoder
 from jax_sae.sae import dead_concepts as dead_concepts
+from jax_sae.sae import forget_needs as forget_needs
 from jax_sae.sae import init_stats as init_stats
 from jax_sae.sae import sae_loss as sae_loss
 from jax_sae.sae import update_stats as update_stats

@@ -19,9 +19,11 @@ from jax_sae.sae import (
     dead_concepts,
     init_stats,
     sae_loss,
-    update_stats,
 )
+from jax_sae.sae.gradients import StepGradients, dense_gradients, mean_active, sparse_gradients
 from jax_sae.sae.modules import SAEOutput
+from jax_sae.sae.stats import Capacity
+from jax_sae.sae.subset import CONCEPT_PARAMETERS
 
 Metrics = dict[str, jax.Array]
 Step = Callable[["TrainState", jax.Array], tuple["TrainState", Metrics]]
@@ -116,6 +118,7 @@ def train_step(
     *,
     row_weights: jax.Array | None = None,
     axis_name: str | None = None,
+    capacity: Capacity | int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step: pure, to be jitted, mapped, scanned or sharded.
 
@@ -127,50 +130,56 @@ def train_step(
       row_weights: [B] factors on their reconstruction errors; see :func:`jax_sae.sae_loss`.
       axis_name: inside ``pmap``, the axis that the batch is split over; ``batch`` is then this device's part,
         and the result equals that of the whole batch on one device.
+      capacity: places for concepts that may be active, as many for every row where it is an int: the same numbers, up
+        to rounding, from one dense matrix product instead of five or six. A batch that needs more is computed densely,
+        which ``dense`` counts. None for the dense definition. See :func:`jax_sae.choose_capacity`.
 
     Returns:
       (state after the step, scalars float32: ``loss`` and its terms, ``fvu`` per sample, ``l0`` the fraction
-      of exact zeros, ``active`` the mean number of active concepts, ``dead_fraction``, ``grad_norm``).
+      of exact zeros, ``active`` the mean number of active concepts, ``dead_fraction``, ``grad_norm``,
+      ``dense``, 1 if the batch was computed densely).
     """
 
     def all_mean(tree: Any) -> Any:
         return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
-    loss_and_grad = jax.value_and_grad(sae_loss, has_aux=True)
-    (loss, (output, terms)), grads = loss_and_grad(
-        state.model, state.stats, batch, state.step, row_weights=row_weights, axis_name=axis_name
-    )
-    grads = all_mean(grads)
-    model, opt_state = _update(config, optimizer, state, grads)
-    stats = update_stats(config, state.stats, output.activations, axis_name=axis_name)
-    metrics = all_mean({"loss": loss, **_terms_to_report(terms), **forward_metrics(output, batch)})
-    metrics["grad_norm"] = optax.tree.norm(grads)
+    if isinstance(capacity, int):
+        capacity = Capacity(capacity, capacity)
+    gradients_of = dense_gradients if capacity is None else functools.partial(sparse_gradients, capacity=capacity)
+    found = gradients_of(state.model, state.stats, batch, state.step, row_weights=row_weights, axis_name=axis_name)
+    gradients = all_mean(found.gradients)
+    model, opt_state = _update(config, optimizer, state, gradients)
+    stats = found.stats if capacity else dataclasses.replace(found.stats, capacity=jnp.zeros(2, jnp.int32))
+    metrics = {"loss": found.loss, **_terms_to_report(found.terms), **_forward_metrics(config, found, batch)}
+    metrics = all_mean(metrics)
+    metrics["grad_norm"] = optax.tree.norm(gradients)
     metrics["dead_fraction"] = jnp.mean(dead_concepts(config, stats), dtype=jnp.float32)
+    metrics["dense"] = found.dense.astype(jnp.float32)
     return TrainState(step=state.step + 1, model=model, opt_state=opt_state, stats=stats), metrics
 
 
-def forward_metrics(output: SAEOutput, x: jax.Array) -> Metrics:
+def _forward_metrics(config: SAEConfig, found: SAEOutput | StepGradients, x: jax.Array) -> Metrics:
     """Scalars of one batch: ``fvu`` (ddof 1), ``l0`` (fraction of zeros), ``active`` (count), means over rows.
 
     A constant row has no FVU and is left out of its mean.
     """
     x = x.astype(jnp.float32)
-    unexplained = jnp.var(x - output.x_hat, axis=-1, ddof=1)
+    unexplained = jnp.var(x - found.x_hat, axis=-1, ddof=1)
     variance = jnp.var(x - x[:, :1], axis=-1, ddof=1)  # exactly 0 for a constant row, whatever its value
     varies = variance > 0
     fvu = jnp.where(varies, unexplained / jnp.where(varies, variance, 1.0), 0.0)
-    active = jnp.mean(jnp.sum(output.activations != 0, axis=-1), dtype=jnp.float32)
+    active = found.active if isinstance(found, StepGradients) else mean_active(found.activations)
     return {
         "fvu": jnp.sum(fvu) / jnp.maximum(jnp.sum(varies), 1),
         "active": active,
-        "l0": 1 - active / output.activations.shape[-1],
+        "l0": 1 - active / config.n_concepts,
     }
 
 
 def eval_step(config: SAEConfig, model: SparseAutoencoder, stats: SAEStats, x: jax.Array) -> Metrics:
-    """The loss and the metrics of :func:`forward_metrics` on ``x [B, d_in]``; changes nothing."""
+    """``loss``, ``fvu``, ``active`` and ``l0`` of ``x [B, d_in]``, as :func:`train_step` has them; changes nothing."""
     loss, (output, _) = sae_loss(model, stats, x, step=config.sparsity_warmup_steps, training=False)
-    return {"loss": loss, **forward_metrics(output, x)}
+    return {"loss": loss, **_forward_metrics(config, output, x)}
 
 
 def _terms_to_report(terms: Metrics) -> Metrics:
@@ -201,7 +210,13 @@ def _unit_rows(rows: jax.Array) -> jax.Array:
     return rows / jnp.maximum(norm, jnp.finfo(rows.dtype).tiny)
 
 
-def jit_train_step(config: SAEConfig, optimizer: optax.GradientTransformation, *, steps_per_call: int = 1) -> Step:
+def jit_train_step(
+    config: SAEConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps_per_call: int = 1,
+    capacity: Capacity | int | None = None,
+) -> Step:
     """:func:`train_step` under ``jit``, the state donated.
 
     Args:
@@ -209,8 +224,10 @@ def jit_train_step(config: SAEConfig, optimizer: optax.GradientTransformation, *
       optimizer: any optax transformation.
       steps_per_call: with S > 1 a call takes ``batch [S, B, d_in]``, runs S steps in one ``lax.scan`` and
         gives metrics ``[S]``.
+      capacity: see :func:`train_step`.
     """
-    return jax.jit(_repeat(functools.partial(train_step, config, optimizer), steps_per_call), donate_argnums=0)
+    step = functools.partial(train_step, config, optimizer, capacity=capacity)
+    return jax.jit(_repeat(step, steps_per_call), donate_argnums=0)
 
 
 def _repeat(step: Step, steps_per_call: int) -> Step:
@@ -224,18 +241,19 @@ def pmap_train_step(
     optimizer: optax.GradientTransformation,
     *,
     steps_per_call: int = 1,
+    capacity: Capacity | int | None = None,
     devices: list[jax.Device] | None = None,
 ) -> Step:
     """:func:`train_step` under ``pmap``: data parallel over the local devices of every host.
 
     The state goes in and comes out replicated and not stacked; ``batch`` is this host's ``[B, d_in]`` (or
-    ``[S, B, d_in]``), which is split evenly over its devices.
+    ``[S, B, d_in]``), which is split evenly over its devices. ``capacity`` is that of :func:`train_step`.
 
     Raises:
       ValueError: on a call whose B is not a multiple of the number of local devices.
     """
     local = jax.local_devices() if devices is None else devices
-    step = functools.partial(train_step, config, optimizer, axis_name="data")
+    step = functools.partial(train_step, config, optimizer, axis_name="data", capacity=capacity)
     mapped = jax.pmap(
         _repeat(step, steps_per_call),
         axis_name="data",
@@ -259,7 +277,8 @@ def mesh_train_step(
 ) -> Step:
     """:func:`train_step` over a mesh with axes ``data`` and ``model``.
 
-    The batch is split over ``data``, everything with a concept axis over ``model``; XLA places the collectives.
+    The batch is split over ``data``, everything with a concept axis over ``model``; XLA places the collectives. The
+    step is the dense one.
     Put the state on the mesh with ``jax.device_put(state, state_shardings(state, mesh))``.
     """
     step = _repeat(functools.partial(train_step, config, optimizer), steps_per_call)
@@ -274,10 +293,8 @@ def mesh_train_step(
     return sharded_step
 
 
-# The axis of every array that has one entry for each concept; ``threshold`` of the statistics is a scalar.
-_CONCEPT_AXIS = {"W_enc": 1} | dict.fromkeys(
-    ("b_enc", "b_gate", "r_mag", "b_mag", "threshold", "W_dec", "concepts", "frequency", "rows_since_fired"), 0
-)
+# Arrays with one entry for each concept along their first axis; ``threshold`` of the statistics is a scalar.
+_OF_CONCEPTS = CONCEPT_PARAMETERS | {"frequency", "rows_since_fired"}
 
 
 def _names(path: tuple[Any, ...]) -> set[str]:
@@ -289,9 +306,8 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """The sharding of every leaf of ``state`` on ``mesh``: concepts over ``model``, the rest replicated."""
 
     def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
-        axes = [_CONCEPT_AXIS[name] for name in _names(path) if name in _CONCEPT_AXIS]
-        if not axes or "model" not in mesh.axis_names:
+        if not (_OF_CONCEPTS & _names(path) and leaf.ndim) or "model" not in mesh.axis_names:
             return NamedSharding(mesh, P())
-        return NamedSharding(mesh, P(*("model" if i == axes[0] else None for i in range(leaf.ndim))))
+        return NamedSharding(mesh, P("model", *(None,) * (leaf.ndim - 1)))
 
     return jax.tree_util.tree_map_with_path(sharding, state)

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import tyro
 
-from jax_sae import InputError
+from jax_sae import InputError, keep_freed_memory
 
 
 class RunFailed(RuntimeError):
@@ -20,6 +20,7 @@ def run(command: Callable[..., Any], argv: list[str] | None = None, *, prog: str
     operating system refuses, a package that is not installed) and on a command line that cannot be parsed, with
     code 1 on :class:`RunFailed`, and with 130 on Ctrl-C where the command does not save by itself.
     """
+    keep_freed_memory()
     try:
         tyro.cli(command, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     except (InputError, OSError) as error:

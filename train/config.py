@@ -55,6 +55,8 @@ class TrainConfig:
       validation_rows: held-out rows used for it.
       log_every: steps between lines of metrics.jsonl.
       steps_per_call: optimizer steps per dispatch (a scan on the device).
+      capacity: places per row for active concepts in the sparse step; auto follows what the run needs, dense computes
+        all concepts. The numbers are the same up to rounding.
       parallel: auto is jit on one device and pmap on several.
       mesh: for --parallel mesh, the number of devices along the data axis and along the concept axis.
       sae: settings of the preset to change.
@@ -79,6 +81,7 @@ class TrainConfig:
     validation_rows: int = 4096
     log_every: int = 20
     steps_per_call: int = 1
+    capacity: Literal["auto", "dense"] | int = "auto"
     parallel: Literal["auto", "jit", "pmap", "mesh"] = "auto"
     mesh: tuple[int, int] | None = None
     sae: Overrides = dataclasses.field(default_factory=Overrides)  # type: ignore[valid-type]
@@ -110,6 +113,10 @@ class TrainConfig:
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; expected a multiple of "
                     f"--steps-per-call {self.steps_per_call}"
                 )
+        if isinstance(self.capacity, int) and self.capacity < 1:
+            raise InputError(f"--capacity is {self.capacity}; expected auto, dense or at least 1 place per row")
+        if self.parallel == "mesh" and isinstance(self.capacity, int):
+            raise InputError(f"--capacity is {self.capacity} with --parallel mesh, whose step is dense; leave it out")
         if (self.parallel == "mesh") != (self.mesh is not None):
             raise InputError("--parallel mesh and --mesh DATA MODEL go together; give both or neither")
 

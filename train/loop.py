@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_sae import SAEConfig, TrainState, eval_step, init_train_state
+from jax_sae import Capacity, SAEConfig, TrainState, eval_step, init_train_state
 from jax_sae.data import ActivationSet, load_batches, prefetch_to_device
 
+from .adaptive import AdaptiveStep
 from .checkpoint import Checkpoints, abstract
 from .cli import RunFailed
 from .config import ResolvedConfig, TrainConfig, resolve, workdir_of
@@ -106,10 +107,13 @@ class _Loop:
             stop_signals() as stop,
         ):
             self._pending = PendingMetrics(batch_size=batch_size, log_every=config.log_every, steps_per_call=every_step)
+            step = AdaptiveStep(self._resolved, self._placement, state)
+            self._capacity = step.capacity
             while self._step < config.steps:
                 with self._pending.waiting_for_input():
                     batch = next(batches)
-                state, metrics = self._placement.step(state, batch)
+                state, metrics = step(state, batch, self._step)
+                self._note_capacity(step.capacity)
                 self._step += every_step
                 self._pending.add(self._step, metrics)
                 self._log.advance(every_step)
@@ -123,6 +127,13 @@ class _Loop:
             self._checkpoints.wait()
         if self._step < config.steps:
             print(stopped(stop[0], self._step, config.steps, self._workdir))
+
+    def _note_capacity(self, capacity: Capacity | None) -> None:
+        """Logs a change of the places for active concepts, 0 for the dense step: the step was compiled anew."""
+        if capacity != self._capacity:
+            row, mean = capacity or (0, 0)
+            self._log.write({"step": self._step, "capacity_row": row, "capacity_mean": mean})
+            self._capacity = capacity
 
     def _batches(self) -> Generator[jax.Array]:
         """Batches from the current step on, on their devices before they are needed."""

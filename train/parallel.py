@@ -1,6 +1,8 @@
 """How a step is spread over devices: where the state and the batches live, and the compiled step."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_sae import InputError, jit_train_step, mesh_train_step, pmap_train_step, state_shardings
+from jax_sae import Capacity, InputError, jit_train_step, mesh_train_step, pmap_train_step, state_shardings
 from jax_sae.training import Step
 
 from .config import ResolvedConfig
@@ -17,16 +19,16 @@ from .config import ResolvedConfig
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A compiled step and where its arguments go.
+    """How a step is compiled and where its arguments go.
 
     Attributes:
-      step: ``step(state, batch) -> (state, metrics)``.
+      step: from places for active concepts, None for the dense step, to ``step(state, batch) -> (state, metrics)``.
       batch: sharding of a batch.
       mesh: the devices.
       name: jit, pmap or mesh.
     """
 
-    step: Step
+    step: Callable[[Capacity | None], Step]
     batch: Sharding
     mesh: Mesh
     name: str
@@ -53,15 +55,21 @@ def place(resolved: ResolvedConfig, optimizer: optax.GradientTransformation) -> 
         name = "jit" if len(devices) == 1 else "pmap"
     steps = config.steps_per_call
     if name == "jit":
-        step = jit_train_step(resolved.sae, optimizer, steps_per_call=steps)
-        return Placement(step, SingleDeviceSharding(devices[0]), _mesh(devices[:1], (1, 1)), name)
+        jitted = functools.partial(jit_train_step, resolved.sae, optimizer, steps_per_call=steps)
+        return Placement(
+            lambda capacity: jitted(capacity=capacity),
+            SingleDeviceSharding(devices[0]),
+            _mesh(devices[:1], (1, 1)),
+            name,
+        )
     if name == "pmap":
         _require_multiple("--batch-size", config.batch_size, len(devices), "local devices")
-        step = pmap_train_step(resolved.sae, optimizer, steps_per_call=steps)
-        mesh = _mesh(devices, (len(devices), 1))
+        mapped = functools.partial(pmap_train_step, resolved.sae, optimizer, steps_per_call=steps)
+        mesh, step = _mesh(devices, (len(devices), 1)), lambda capacity: mapped(capacity=capacity)
     else:
         mesh = _named_mesh(resolved)
-        step = mesh_train_step(resolved.sae, optimizer, mesh, steps_per_call=steps)
+        sharded = mesh_train_step(resolved.sae, optimizer, mesh, steps_per_call=steps)
+        step = lambda capacity: sharded  # noqa: E731 (TrainConfig makes sure that the capacity is None)
     rows = P("data", None) if steps == 1 else P(None, "data", None)
     return Placement(step, NamedSharding(mesh, rows), mesh, name)
 

@@ -5,6 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jax_sae.ops.compaction import compact
+from jax_sae.ops.rows import Blocks, accumulate_rows, combine_rows, dot_rows, plan_blocks
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +17,7 @@ class SparseCodes:
     Attributes:
       values: [..., K] activations, 0 in unused places.
       indices: [..., K] int32 concepts in ascending order, M in unused places.
-      count: [...] int32 number of nonzero entries of the row; above K the row overflowed and holds its first K.
+      count: [...] int32 number of nonzero entries of the row; above K the row overflowed and holds K of them.
     """
 
     values: jax.Array
@@ -31,10 +34,7 @@ class SparseCodes:
 
 
 def to_codes(activations: jax.Array, k: int) -> SparseCodes:
-    """The first ``k`` nonzero entries of every row.
-
-    The place of the j-th nonzero entry is found by binary search in the running count of nonzeros: no sort and no
-    scatter.
+    """The nonzero entries of every row, up to ``k`` of them.
 
     Args:
       activations: [..., M].
@@ -54,13 +54,11 @@ def to_codes(activations: jax.Array, k: int) -> SparseCodes:
     """
     if k < 1:
         raise ValueError(f"k is {k}; expected at least 1 place per row")
-    width = activations.shape[-1]
-    running = jnp.cumsum(activations != 0, axis=-1, dtype=jnp.int32)
-    rows = running.reshape(-1, width)
-    find = jax.vmap(lambda row: jnp.searchsorted(row, jnp.arange(1, k + 1, dtype=jnp.int32)))
-    indices = find(rows).astype(jnp.int32).reshape(*activations.shape[:-1], k)
+    lead, width = activations.shape[:-1], activations.shape[-1]
+    indices, count = compact((activations != 0).reshape(-1, width), k)
+    indices = jnp.sort(indices, axis=-1).reshape(*lead, k)
     values = jnp.take_along_axis(activations, indices, axis=-1, mode="fill", fill_value=0)
-    return SparseCodes(values, indices, running[..., -1])
+    return SparseCodes(values, indices, count.reshape(lead))
 
 
 def sparse_decode(codes: SparseCodes, dictionary: jax.Array) -> jax.Array:
@@ -72,6 +70,33 @@ def sparse_decode(codes: SparseCodes, dictionary: jax.Array) -> jax.Array:
 
     Returns:
       [..., d]; of an overflowed row, the sum over the K concepts it holds.
+
+    Derivatives: reverse mode, with respect to the values and the dictionary, over the active concepts alone.
     """
-    rows = jnp.take(dictionary, codes.indices, axis=0, mode="fill", fill_value=0)  # [..., K, d]
-    return jnp.einsum("...k,...kd->...d", codes.values, rows)
+    lead, width = codes.values.shape[:-1], codes.values.shape[-1]
+    values, indices = codes.values.reshape(-1, width), codes.indices.reshape(-1, width)
+    # Every place, wherever in the row the used ones are.
+    blocks, _ = plan_blocks(indices, jnp.full(len(indices), width, jnp.int32))
+    return decode_places(values, indices, blocks, dictionary).reshape(*lead, dictionary.shape[-1])
+
+
+@jax.custom_vjp
+def decode_places(values: jax.Array, indices: jax.Array, blocks: Blocks, dictionary: jax.Array) -> jax.Array:
+    """:func:`sparse_decode` of ``values`` and ``indices`` [B, K], of which ``blocks`` hold all that are used."""
+    return combine_rows(values[:, None], blocks, dictionary)[:, 0]
+
+
+def _decode_forward(
+    values: jax.Array, indices: jax.Array, blocks: Blocks, dictionary: jax.Array
+) -> tuple[jax.Array, tuple]:
+    return decode_places(values, indices, blocks, dictionary), (values, indices, blocks, dictionary)
+
+
+def _decode_backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None, None, jax.Array]:
+    values, indices, blocks, dictionary = residuals
+    products = dot_rows(dy[:, None], blocks, dictionary, indices.shape[-1])[:, 0]
+    by_values = jnp.where(indices < dictionary.shape[0], products, 0)
+    return by_values, None, None, accumulate_rows(values[:, None], blocks, dy[:, None], dictionary.shape[0])
+
+
+decode_places.defvjp(_decode_forward, _decode_backward)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_sae.ops import step_above, top_k_mask
+from jax_sae.ops.codes import decode_places
 from jax_sae.sae.config import SAEConfig
 from jax_sae.sae.modules import SAEOutput, SparseAutoencoder
 from jax_sae.sae.stats import SAEStats, dead_concepts
@@ -35,30 +36,62 @@ def sae_loss(
     Returns:
       (loss [], (forward pass, named terms of the loss [])).
     """
-    config = model.config
     output = model(x, stats, training=training, axis_name=axis_name)
+    terms = main_terms(model, output, step, row_weights=row_weights, axis_name=axis_name)
+    if training:
+        dead = dead_concepts(model.config, stats)
+        residual = jax.lax.stop_gradient(output.normalized - output.y)
+        terms |= dead_terms(model, output.scores, dead, residual, axis_name)
+    return sum(terms.values(), jnp.float32(0)), (output, terms)
+
+
+def main_terms(
+    model: SparseAutoencoder,
+    output: SAEOutput,
+    step: jax.Array | int,
+    *,
+    row_weights: jax.Array | None = None,
+    axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+    """The terms of :func:`sae_loss` that come from active concepts, of a forward pass over all or over places."""
+    config = model.config
     terms = {"reconstruction": reconstruction_loss(model, output, row_weights)}
     if config.sparsity_coefficient:
         warmup = jnp.minimum(1.0, (step + 1) / max(config.sparsity_warmup_steps, 1))
         terms["sparsity"] = config.sparsity_coefficient * warmup * sparsity_penalty(model, output, axis_name)
     if config.activation == "gated":
         terms["gate"] = gate_loss(model, output)
-    if config.pre_activation_coefficient and training:
-        terms["pre_activation"] = config.pre_activation_coefficient * pre_activation_loss(model, stats, output)
-    if config.aux_k and training:
-        terms["aux"] = config.aux_coefficient * auxiliary_loss(model, stats, output, axis_name)
-    return sum(terms.values(), jnp.float32(0)), (output, terms)
+    return terms
+
+
+def dead_terms(
+    model: SparseAutoencoder, scores: jax.Array, dead: jax.Array, residual: jax.Array, axis_name: str | None = None
+) -> dict[str, jax.Array]:
+    """The terms of :func:`sae_loss` that come from dead concepts.
+
+    Args:
+      model: the autoencoder, or a part of one (:func:`jax_sae.sae.subset.take_concepts`).
+      scores: [B, M] of its concepts.
+      dead: [M] bool.
+      residual: [B, d_in] what the active concepts left over, in normalised units; a constant.
+      axis_name: the mapped axis that the batch is split over.
+    """
+    config, terms = model.config, {}
+    if config.pre_activation_coefficient:
+        terms["pre_activation"] = config.pre_activation_coefficient * pre_activation_loss(model, scores, dead)
+    if config.aux_k:
+        terms["aux"] = config.aux_coefficient * auxiliary_loss(model, scores, dead, residual, axis_name)
+    return terms
 
 
 def reconstruction_loss(model: SparseAutoencoder, output: SAEOutput, row_weights: jax.Array | None = None) -> jax.Array:
     """[] mean over rows of the reconstruction error in the form ``config.loss`` names, and over Matryoshka prefixes."""
-    config = model.config
-    total, partial, first = _error(config, output, output.y, row_weights), jnp.zeros_like(output.y), 0
-    for size in config.group_sizes[:-1]:
-        group = slice(first, first + size)
-        partial = partial + model.decode_linear(output.activations[..., group], group)
-        total, first = total + _error(config, output, model.add_b_dec(partial), row_weights), first + size
-    return total / len(config.group_sizes)
+    prefixes = jnp.cumsum(output.parts, axis=-2)
+    errors = [
+        _error(model.config, output, model.add_b_dec(prefixes[..., group, :]), row_weights)
+        for group in range(prefixes.shape[-2])
+    ]
+    return sum(errors, jnp.float32(0)) / len(errors)
 
 
 def _error(config: SAEConfig, output: SAEOutput, y: jax.Array, row_weights: jax.Array | None = None) -> jax.Array:
@@ -87,7 +120,7 @@ def sparsity_penalty(model: SparseAutoencoder, output: SAEOutput, axis_name: str
     """
     config = model.config
     if config.sparsity_loss == "l0":
-        active = step_above(output.scores, model.threshold[...][None, :], config.bandwidth)
+        active = step_above(output.scores, output.per_place(model.threshold[...]), config.bandwidth)
         count = jnp.mean(jnp.sum(active, axis=-1))
         if config.target_l0 is None:
             return count
@@ -96,10 +129,10 @@ def sparsity_penalty(model: SparseAutoencoder, output: SAEOutput, axis_name: str
         return (count / config.target_l0 - 1) ** 2
     sizes = jax.nn.relu(output.scores) if config.activation == "gated" else jnp.abs(output.activations)
     if config.sparsity_of == "contributions":
-        sizes = sizes * model.decoder_norms()[None, :]
+        sizes = sizes * output.per_place(model.decoder_norms())
     if config.sparsity_loss == "tanh":
         sizes = jnp.tanh(config.tanh_scale * sizes)
-    return jnp.sum(jnp.mean(sizes, axis=0))
+    return jnp.mean(jnp.sum(sizes, axis=-1))
 
 
 def gate_loss(model: SparseAutoencoder, output: SAEOutput) -> jax.Array:
@@ -109,27 +142,29 @@ def gate_loss(model: SparseAutoencoder, output: SAEOutput) -> jax.Array:
     equation 8.
     """
     rows, bias = (jax.lax.stop_gradient(w[...]) for w in (model.W_dec, model.b_dec))
-    return _error(model.config, output, jax.nn.relu(output.scores) @ rows + bias[None, :])
+    gates = jax.nn.relu(output.scores)
+    if output.indices is None or output.blocks is None:
+        decoded = gates @ rows
+    else:
+        decoded = decode_places(gates, output.indices, output.blocks, rows)
+    return _error(model.config, output, decoded + bias[None, :])
 
 
-def pre_activation_loss(model: SparseAutoencoder, stats: SAEStats, output: SAEOutput) -> jax.Array:
+def pre_activation_loss(model: SparseAutoencoder, scores: jax.Array, dead: jax.Array) -> jax.Array:
     """[] how far the scores of dead concepts stay below their thresholds, weighted with their decoder rows' norms."""
-    weights = jnp.where(dead_concepts(model.config, stats), model.decoder_norms(), 0.0)
-    below = jax.nn.relu(model.threshold[...][None, :] - output.scores)
+    weights = jnp.where(dead, model.decoder_norms(), 0.0)
+    below = jax.nn.relu(model.threshold[...][None, :] - scores)
     return jnp.sum(jnp.mean(below, axis=0) * weights)
 
 
 def auxiliary_loss(
-    model: SparseAutoencoder, stats: SAEStats, output: SAEOutput, axis_name: str | None = None
+    model: SparseAutoencoder, scores: jax.Array, dead: jax.Array, residual: jax.Array, axis_name: str | None = None
 ) -> jax.Array:
     """[] AuxK: how well the ``aux_k`` strongest dead concepts explain what the others left over.
 
-    The residual is a constant in the gradient; the error is relative to the variance of the residual over
-    the batch (Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.4 and appendix A.2).
-    0 while no concept is dead; nothing is computed then.
+    The error is relative to the variance of the residual over the batch (Gao et al. 2024, "Scaling and evaluating
+    sparse autoencoders", section 2.4 and appendix A.2). 0 while no concept is dead; nothing is computed then.
     """
-    dead = dead_concepts(model.config, stats)
-    residual = jax.lax.stop_gradient(output.normalized - output.y)
 
     def with_dead(scores: jax.Array) -> jax.Array:
         candidates = jnp.where(dead[None, :], jax.nn.relu(scores), 0.0)
@@ -138,7 +173,7 @@ def auxiliary_loss(
         error = jnp.mean(jnp.sum((residual - explained) ** 2, axis=-1))
         return error / jnp.maximum(_variance(residual, axis_name), jnp.finfo(jnp.float32).tiny)
 
-    return jax.lax.cond(jnp.any(dead), with_dead, lambda _: jnp.float32(0), output.scores)
+    return jax.lax.cond(jnp.any(dead), with_dead, lambda _: jnp.float32(0), scores)
 
 
 def _variance(rows: jax.Array, axis_name: str | None) -> jax.Array:

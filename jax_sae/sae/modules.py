@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_sae.ops import batch_top_k_threshold, entmax, jump_relu, sparsemax, sparsemax_threshold, top_k_mask
+from jax_sae.ops import Places, bottleneck, find_places
+from jax_sae.ops.rows import Blocks
 from jax_sae.sae.config import SAEConfig
+from jax_sae.sae.param import StoredTransposed
+from jax_sae.sae.selection import ConceptParameters, Selection, activate, candidates, keep, place_scores
 from jax_sae.sae.stats import SAEStats, init_stats
 
 _TINY_NORM = 1e-8
@@ -21,11 +24,15 @@ class SAEOutput:
 
     Attributes:
       x_hat: [..., d_in] reconstruction, in the units of the input.
-      activations: [..., M] sparse activations; exact zeros where a concept is silent.
-      scores: [..., M] scores before the activation, after the frequency cap; for gated, of the gates.
+      activations: [..., M] sparse activations; exact zeros where a concept is silent. [..., K] over places.
+      scores: [..., M] scores before the activation, after the frequency cap; for gated, of the gates. [..., K] over
+        places, 0 in unused ones.
       normalized: [..., d_in] the centred and normalised input that was encoded.
       norm: [..., 1] what the normalised input is multiplied by to give back the centred one.
       y: [..., d_in] reconstruction of ``normalized``; ``x_hat = norm * y + mean``.
+      parts: [..., G, d_in] what each of ``config.group_sizes`` adds to ``y``; ``b_dec`` is in none of them.
+      indices: None, or over places [..., K] int32, the concept that each stands for, M in unused places.
+      blocks: None, or over places the blocks of those in use.
     """
 
     x_hat: jax.Array
@@ -34,6 +41,13 @@ class SAEOutput:
     normalized: jax.Array
     norm: jax.Array
     y: jax.Array
+    parts: jax.Array
+    indices: jax.Array | None = None
+    blocks: Blocks | None = None
+
+    def per_place(self, vector: jax.Array) -> jax.Array:
+        """[M] one number for each concept to what broadcasts with ``activations``; 0 in unused places."""
+        return _at(vector, self.activations.ndim, self.indices)
 
 
 class SparseAutoencoder(nnx.Module):
@@ -111,7 +125,7 @@ class SparseAutoencoder(nnx.Module):
         """Random unit decoder rows, the encoder their transpose, b_dec at the centre of the data."""
         d, m = self.config.d_in, self.config.n_concepts
         rows = _random_directions(rngs.params(), (m, d))
-        self.W_enc = nnx.Param(jnp.array(rows.T))
+        self.W_enc = StoredTransposed.of_rows(jnp.array(rows))
         if self.config.activation == "gated":
             self.b_gate, self.r_mag, self.b_mag = (nnx.Param(jnp.zeros(m)) for _ in range(3))
         else:
@@ -136,8 +150,106 @@ class SparseAutoencoder(nnx.Module):
         u, norm = self.normalize(x, stats)
         scores = self.scores(u, stats)
         activations = self.select(scores, stats, training=training, axis_name=axis_name)
-        y = self.add_b_dec(self.decode_linear(activations))
-        return SAEOutput(self.denormalize(y, norm, stats), activations, scores, u, norm, y)
+        return self._output(scores, activations, u, norm, stats, self._decode_parts(activations))
+
+    def _output(
+        self,
+        scores: jax.Array,
+        activations: jax.Array,
+        u: jax.Array,
+        norm: jax.Array,
+        stats: SAEStats,
+        parts: jax.Array,
+    ) -> SAEOutput:
+        y = self.add_b_dec(jnp.sum(parts, axis=-2))
+        return SAEOutput(self.denormalize(y, norm, stats), activations, scores, u, norm, y, parts)
+
+    def _decode_parts(self, activations: jax.Array) -> jax.Array:
+        """[..., M] activations to [..., G, d_in]."""
+        parts, first = [], 0
+        for size in self.config.group_sizes:
+            group = slice(first, first + size)
+            parts.append(self.decode_linear(activations[..., group], group))
+            first += size
+        return jnp.stack(parts, axis=-2)
+
+    def find_places(self, x: jax.Array, stats: SAEStats, k: int, *, axis_name: str | None = None) -> Places:
+        """The concepts of every row that may be active in a training step: its one dense matrix product.
+
+        Args:
+          x: [B, d_in] rows.
+          stats: see :class:`SAEStats`.
+          k: places per row.
+          axis_name: see :meth:`__call__`.
+
+        Raises:
+          ValueError: topk with fewer places than it keeps.
+        """
+        if self.config.activation == "topk" and k < min(self.config.k, self.config.n_concepts):
+            raise ValueError(f"{k} places per row for topk with k = {self.config.k}; expected at least k")
+        selection = Selection(self.config, stats, training=True, axis_name=axis_name)
+        parameters, silenced = self._parameters(2), self._silenced(stats, 2)
+
+        def may_be_active(products: jax.Array) -> jax.Array:
+            return candidates(selection, place_scores(products, parameters, silenced), parameters)
+
+        query = self.query(self.normalize(x, stats)[0])
+        ascending = self.config.activation == "topk"  # among equal scores the first are kept
+        places = find_places(query, self.keys(), may_be_active, k, ascending=ascending)
+        kept = keep(selection, self._scores_at(places.indices, places.products, stats)[1])
+        return places if kept is None else places.narrow(kept)
+
+    def _scores_at(self, indices: jax.Array, products: jax.Array, stats: SAEStats) -> tuple[jax.Array, jax.Array]:
+        """[B, K] scores over places, with 0 and with -inf in unused places."""
+        used = indices < self.config.n_concepts
+        silenced = ~used | self._silenced(stats, 2, indices)
+        scores = place_scores(products, self._parameters(2, indices), silenced)
+        return scores, jnp.where(used, scores, -jnp.inf)
+
+    def at_places(
+        self, x: jax.Array, stats: SAEStats, places: Places, blocks: Blocks, *, axis_name: str | None = None
+    ) -> SAEOutput:
+        """:meth:`__call__` in training, over places that hold all candidates of every row: the same numbers.
+
+        Args:
+          x: [B, d_in] rows.
+          stats: see :class:`SAEStats`.
+          places: from :meth:`find_places`.
+          blocks: of these places, all that are in use.
+          axis_name: see :meth:`__call__`.
+
+        Returns:
+          SAEOutput over places.
+        """
+        config, indices = self.config, places.indices
+        used = indices < config.n_concepts
+        kept = keep(Selection(config, stats, True, axis_name), self._scores_at(indices, places.products, stats)[1])
+
+        def scores_and_activations(extras: tuple, products: jax.Array) -> tuple[jax.Array, jax.Array]:
+            parameters, silenced, kept = extras
+            scores = place_scores(products, parameters, silenced)
+            compared = jnp.where(used, scores, -jnp.inf) if config.values == "probabilities" else scores
+            return scores, activate(config, compared, kept, parameters)
+
+        u, norm = self.normalize(x, stats)
+        kept = used if kept is None else used & kept
+        extras = self._parameters(2, indices), ~used | self._silenced(stats, 2, indices), kept
+        values = None if config.encoder == "attention" else self.W_dec[...]
+        parts, scores, activations = bottleneck(
+            scores_and_activations,
+            config.group_sizes,
+            extras,
+            self.query(u),
+            self.keys(),
+            values,
+            indices,
+            places.products,
+            blocks,
+        )
+        if config.encoder == "attention":
+            parts = parts @ self.W_V[...]
+        output = self._output(scores, activations, u, norm, stats, parts)
+        return dataclasses.replace(output, indices=indices, blocks=blocks)
 
     def encode(self, x: jax.Array, stats: SAEStats) -> jax.Array:
         """[..., d_in] rows to [..., M] activations, as at evaluation."""
@@ -156,7 +268,8 @@ class SparseAutoencoder(nnx.Module):
             if self.config.normalize_input == "unit_norm":
                 raise ValueError("decode needs norm, the norm of each centred input row, with unit_norm inputs")
             norm = jnp.ones((1,) * activations.ndim) / stats.scale
-        return self.denormalize(self.add_b_dec(self.decode_linear(activations)), norm, stats)
+        y = self.add_b_dec(jnp.sum(self._decode_parts(activations), axis=-2))
+        return self.denormalize(y, norm, stats)
 
     def normalize(self, x: jax.Array, stats: SAEStats) -> tuple[jax.Array, jax.Array]:
         """(u [..., d_in], norm [..., 1]) with ``u * norm + mean = x``; the norm of a zero row is tiny, not 0."""
@@ -176,67 +289,63 @@ class SparseAutoencoder(nnx.Module):
         """[..., d_in] reconstructions in normalised units to the data's: scaled by ``norm``, the mean added."""
         return y * norm + _as_row(stats.mean, y.ndim)
 
-    def scores(self, u: jax.Array, stats: SAEStats) -> jax.Array:
-        """[..., M] scores of normalised rows ``u [..., d_in]``, with the frequency cap applied."""
+    def query(self, u: jax.Array) -> jax.Array:
+        """[..., d_in] normalised rows to what is multiplied with the keys: products and bias make the scores."""
         config = self.config
         if config.encoder == "attention":
-            query = u @ self.W_Q[...] if config.query_projection else u
-            z = (query @ self.W_K[...].T) @ self.concepts[...].T * config.score_scale
-        else:
-            bias = self.b_gate if config.activation == "gated" else self.b_enc
-            query = u - _as_row(self.b_dec[...], u.ndim) if config.apply_b_dec_to_input else u
-            z = query @ self.W_enc[...] * config.score_scale + _as_row(bias[...], u.ndim)
-        if config.frequency_cap is None:
-            return z
-        return jnp.where(_as_row(stats.frequency > config.frequency_cap, z.ndim), 0.0, z)
+            projected = u @ self.W_Q[...] if config.query_projection else u
+            return projected @ self.W_K[...].T * config.score_scale
+        centred = u - _as_row(self.b_dec[...], u.ndim) if config.apply_b_dec_to_input else u
+        return centred * config.score_scale
+
+    def keys(self) -> jax.Array:
+        """[M, d_in] the row that each concept is recognised by."""
+        return self.concepts[...] if self.config.encoder == "attention" else self.W_enc[...].T
+
+    def scores(self, u: jax.Array, stats: SAEStats, concepts: jax.Array | None = None) -> jax.Array:
+        """[..., M] scores of normalised rows ``u [..., d_in]``, with the frequency cap applied.
+
+        ``concepts [n] int32`` asks for the scores of these alone, [..., n].
+        """
+        keys = self.keys() if concepts is None else self.keys()[concepts]
+        row = None if concepts is None else concepts.reshape((1,) * (u.ndim - 1) + concepts.shape)
+        silenced = self._silenced(stats, u.ndim, row)
+        return place_scores(self.query(u) @ keys.T, self._parameters(u.ndim, row), silenced)
 
     def select(
         self, scores: jax.Array, stats: SAEStats, *, training: bool = False, axis_name: str | None = None
     ) -> jax.Array:
         """[..., M] scores to activations: exact zeros where a concept is silent.
 
-        Derivatives: the selection is a constant, so an active concept passes its gradient and a silent one
-        none, but for ``"probabilities"``, which have the Jacobian of their projection, and for the thresholds of
-        :func:`jax_sae.jump_relu`.
+        Derivatives: see :func:`jax_sae.sae.selection.activate`.
         """
-        config = self.config
-        fixed = jax.lax.stop_gradient(scores)
-        match config.activation:
-            case "sparsemax" | "entmax" if config.values == "probabilities":
-                return sparsemax(scores) if config.activation == "sparsemax" else entmax(scores, self.alpha())
-            case "sparsemax":
-                return jnp.where(fixed > sparsemax_threshold(fixed)[0][..., None], scores, 0.0)
-            case "entmax":
-                return jnp.where(entmax(fixed, config.alpha) > 0, scores, 0.0)
-            case "jumprelu":
-                return jump_relu(scores, _as_row(self.threshold[...], scores.ndim), config.bandwidth)
-            case "gated":
-                return jnp.where(scores > 0, jax.nn.relu(self.magnitudes(scores)), 0.0)
-        positive = jax.nn.relu(scores)
-        if config.activation == "topk":
-            return jnp.where(top_k_mask(fixed, config.k, stats.k), positive, 0.0)
-        if config.activation == "batch_topk":
-            return jnp.where(self._batch_top_k_mask(positive, stats, training, axis_name), positive, 0.0)
-        return positive
+        kept = keep(Selection(self.config, stats, training, axis_name), scores)
+        return activate(self.config, scores, kept, self._parameters(scores.ndim))
 
     def alpha(self) -> jax.Array:
         """[] of entmax: the parameter, or the setting."""
         return 1 + jnp.exp(self.log_alpha[...]) if self.config.learn_alpha else jnp.float32(self.config.alpha)
 
-    def magnitudes(self, gates: jax.Array) -> jax.Array:
-        """[..., M] gate scores to what an open gate lets through, before its ReLU (Rajamanoharan et al. 2024)."""
-        gate, rate, bias = (_as_row(b[...], gates.ndim) for b in (self.b_gate, self.r_mag, self.b_mag))
-        return jnp.exp(rate) * (gates - gate) + bias
+    def _parameters(self, ndim: int, indices: jax.Array | None = None) -> ConceptParameters:
+        """Of all concepts, as rows that broadcast with ``ndim`` dimensions, or of those at ``indices``."""
+        activation = self.config.activation
+        zero = jnp.zeros((1,) * ndim)
+        at = lambda vector: _at(vector[...], ndim, indices)  # noqa: E731
+        gated = activation == "gated"
+        bias = zero if self.config.encoder == "attention" else at(self.b_gate if gated else self.b_enc)
+        return ConceptParameters(
+            bias=bias,
+            threshold=at(self.threshold) if activation == "jumprelu" else zero,
+            rate=at(self.r_mag) if gated else zero,
+            magnitude=at(self.b_mag) if gated else zero,
+            alpha=self.alpha(),
+        )
 
-    def _batch_top_k_mask(
-        self, positive: jax.Array, stats: SAEStats, training: bool, axis_name: str | None
-    ) -> jax.Array:
-        if not training:
-            return positive > stats.threshold
-        flat = jax.lax.stop_gradient(positive.reshape(-1, positive.shape[-1]))
-        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-        count = jnp.minimum(stats.k, self.config.k) * flat.shape[0] * devices
-        return positive >= batch_top_k_threshold(flat, count, axis_name=axis_name)
+    def _silenced(self, stats: SAEStats, ndim: int, indices: jax.Array | None = None) -> jax.Array:
+        """The concepts that fire more often than the frequency cap, as :meth:`_parameters` has them."""
+        if self.config.frequency_cap is None:
+            return jnp.zeros((1,) * ndim, bool)
+        return _at(stats.frequency > self.config.frequency_cap, ndim, indices)
 
     def decode_linear(self, activations: jax.Array, concepts: slice = slice(None)) -> jax.Array:
         """[..., m] activations of ``concepts`` times their decoder rows, without ``b_dec``: [..., d_in]."""
@@ -258,6 +367,13 @@ class SparseAutoencoder(nnx.Module):
 def _as_row(vector: jax.Array, ndim: int) -> jax.Array:
     """[n] to [1, ..., 1, n], so that broadcasting is explicit."""
     return vector.reshape((1,) * (ndim - 1) + vector.shape)
+
+
+def _at(vector: jax.Array, ndim: int, indices: jax.Array | None) -> jax.Array:
+    """[n] to what broadcasts with scores of all n concepts, or of those at ``indices``; 0 at an index of n."""
+    if indices is None:
+        return _as_row(vector, ndim)
+    return jnp.take(vector, indices, mode="fill", fill_value=0)
 
 
 def _random_directions(key: jax.Array, shape: tuple[int, int]) -> jax.Array:

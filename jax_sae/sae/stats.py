@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,20 @@ import jax.numpy as jnp
 from jax_sae.sae.config import SAEConfig
 
 MAX_ROWS_SINCE_FIRED = 2**30
+CAPACITIES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+"""The numbers of places that :func:`jax_sae.choose_capacity` chooses from."""
+
+
+class Capacity(NamedTuple):
+    """Places for active concepts in a sparse training step.
+
+    Attributes:
+      row: the most that one row can have.
+      mean: what a row has on average over the batch of a device, counted in blocks of 32.
+    """
+
+    row: int
+    mean: int
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +40,9 @@ class SAEStats:
       steps: [] int32, training steps that went into ``frequency``.
       k: [] int32, how many concepts topk and batch_topk keep; ``config.k`` at the start. It may be lowered (annealed,
         or swept by :func:`jax_sae.sweep_train_step`); ``config.k`` stays the most that are kept.
+      capacity: [2] int32, the :class:`Capacity` of the last training step; 0 if it was dense.
+      needs: [2, len(CAPACITIES) + 1] int32, of the sparse training steps since they were last looked at, how many
+        needed which of ``CAPACITIES`` for their fullest row and on average; the last entry for more than the largest.
     """
 
     mean: jax.Array
@@ -35,6 +52,8 @@ class SAEStats:
     threshold: jax.Array
     steps: jax.Array
     k: jax.Array
+    capacity: jax.Array
+    needs: jax.Array
 
 
 def init_stats(config: SAEConfig, statistics: Any = None) -> SAEStats:
@@ -61,11 +80,18 @@ def init_stats(config: SAEConfig, statistics: Any = None) -> SAEStats:
         threshold=jnp.float32(-1.0),
         steps=jnp.int32(0),
         k=jnp.int32(config.k),
+        capacity=jnp.zeros(2, jnp.int32),
+        needs=jnp.zeros((2, len(CAPACITIES) + 1), jnp.int32),
     )
 
 
 def update_stats(
-    config: SAEConfig, stats: SAEStats, activations: jax.Array, *, axis_name: str | None = None
+    config: SAEConfig,
+    stats: SAEStats,
+    activations: jax.Array,
+    *,
+    indices: jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> SAEStats:
     """The statistics after one training batch.
 
@@ -73,10 +99,15 @@ def update_stats(
       config: the autoencoder.
       stats: the statistics before the batch.
       activations: [B, M] activations of the batch; of this device's part of it when ``axis_name`` is given.
+      indices: None, or for activations [B, K] over places the concept of each, M in unused places.
       axis_name: the mapped axis that the batch is split over.
     """
     rows = jnp.int32(activations.shape[0])
-    firing = jnp.sum(activations > 0, axis=0, dtype=jnp.int32)
+    if indices is None:
+        firing = jnp.sum(activations > 0, axis=0, dtype=jnp.int32)
+    else:
+        firing = jnp.zeros(config.n_concepts, jnp.int32)
+        firing = firing.at[indices].add((activations > 0).astype(jnp.int32), mode="drop")
     if axis_name is not None:
         rows, firing = jax.lax.psum((rows, firing), axis_name)
     seen = stats.steps.astype(jnp.float32)
@@ -97,6 +128,18 @@ def update_stats(
 def dead_concepts(config: SAEConfig, stats: SAEStats) -> jax.Array:
     """[M] bool: the concepts that have not fired for ``config.dead_after_rows`` training rows."""
     return stats.rows_since_fired >= min(config.dead_after_rows, MAX_ROWS_SINCE_FIRED)
+
+
+def needs_of(fullest: jax.Array, mean: jax.Array) -> jax.Array:
+    """``SAEStats.needs`` of one step, whose fullest row needs ``fullest`` places and whose average is ``mean``."""
+    needed = jnp.stack([fullest, mean]).astype(jnp.int32)
+    smallest = jnp.searchsorted(jnp.array(CAPACITIES, jnp.int32), needed)
+    return (jnp.arange(len(CAPACITIES) + 1)[None, :] == smallest[:, None]).astype(jnp.int32)
+
+
+def forget_needs(stats: SAEStats) -> SAEStats:
+    """``stats`` with nothing in ``needs``: to be done after they were looked at."""
+    return dataclasses.replace(stats, needs=jnp.zeros_like(stats.needs))
 
 
 def _running_threshold(

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_sae.ops.maxima import group_maxima
+
 Threshold = tuple[jax.Array, jax.Array, jax.Array]
 Sums = tuple[jax.Array, jax.Array]
 Sweep = Callable[[jax.Array, jax.Array, jax.Array], Sums]
 
-_GROUPS = 512  # strided groups whose maxima the start is computed from
 _CHUNK = 128  # columns per step of the loop that XLA:CPU vectorises
 _BLOCK = 8  # rows that are solved together on CPU, from the second-level cache
 _MAX_SWEEPS = 100
@@ -68,7 +69,7 @@ def newton_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
 
 def _solve(z: jax.Array, *, axis_name: str | None, sweep: Sweep) -> Threshold:
     dtype = compute_dtype(z)
-    maxima = _group_maxima(z)
+    maxima = group_maxima(z)
     top = jnp.max(maxima, axis=-1, keepdims=True).astype(dtype)
     if axis_name is not None:
         top = lax.pmax(top, axis_name)
@@ -151,16 +152,3 @@ def _excess(z: jax.Array, anchor: jax.Array, tau: jax.Array) -> Sums:
     """max(z - anchor - tau, 0), which keeps NaN as ``max`` may not on CPU, and 1 where it is positive."""
     above = (z.astype(anchor.dtype) - anchor) - tau
     return jnp.where(above <= 0, 0, above), (above > 0).astype(anchor.dtype)
-
-
-def _group_maxima(z: jax.Array) -> jax.Array:
-    """[B, M] to [B, _GROUPS] maxima of the columns that are equal modulo _GROUPS; short rows as they are."""
-    rows, width = z.shape
-    whole, rest = divmod(width, _GROUPS)
-    if whole < 2:
-        return z
-    maxima = jnp.max(z[:, : whole * _GROUPS].reshape(rows, whole, _GROUPS), axis=1)
-    if rest:
-        tail = jnp.pad(z[:, whole * _GROUPS :], ((0, 0), (0, _GROUPS - rest)), constant_values=-jnp.inf)
-        maxima = jnp.maximum(maxima, tail)
-    return maxima
