@@ -59,6 +59,14 @@ class Table:
         return next(row for row in self.rows if row.name == name)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Numbers that were not measured in rounds: rows of equal columns; a column's name ends with its unit."""
+
+    title: str
+    rows: tuple[Mapping[str, str | float], ...]
+
+
 def interleave(samplers: Mapping[str, Callable[[], float]], *, rounds: int) -> Samples:
     """Calls every sampler once a round and returns the seconds that each of them reported, in round order.
 

@@ -14,7 +14,7 @@ import jax
 import jaxlib
 import numpy as np
 
-from benchmarks.harness import Row, Table
+from benchmarks.harness import Figures, Row, Table
 
 ROOT = Path(__file__).parent / "results"
 
@@ -73,7 +73,22 @@ def markdown(table: Table) -> str:
         "of limit": [_optional(row.limit_fraction, "{:.0%}") for row in table.rows],
         f"{table.unit}/s": [_optional(row.items_per_second, "{:,.0f}") for row in table.rows],
     }
-    kept = {head: cells for head, cells in columns.items() if any(cells)}
+    return _aligned({head: cells for head, cells in columns.items() if any(cells)})
+
+
+def markdown_of_figures(figures: Figures) -> str:
+    """The figures in markdown under their title: whole numbers as they are, others with one decimal."""
+    columns = {head: [_figure(row[head]) for row in figures.rows] for head in figures.rows[0]}
+    return f"{figures.title}\n\n{_aligned(columns)}"
+
+
+def _figure(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+def _aligned(kept: Mapping[str, Sequence[str]]) -> str:
     widths = [max(map(len, [head, *cells])) for head, cells in kept.items()]
     lines = [list(kept), ["-" * width for width in widths], *map(list, zip(*kept.values(), strict=True))]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
@@ -94,7 +109,12 @@ def _optional(value: float | None, form: str) -> str:
 
 
 def save(
-    name: str, tables: Sequence[Table], *, rates: Mapping[str, float] | None = None, root: Path | None = None
+    name: str,
+    tables: Sequence[Table],
+    *,
+    figures: Sequence[Figures] = (),
+    rates: Mapping[str, float] | None = None,
+    root: Path | None = None,
 ) -> Path:
     """Writes ``<device>/<name>.json``, whole or not at all, and returns its path.
 
@@ -110,6 +130,7 @@ def save(
         "machine": description,
         "rates": dict(rates or {}),
         "tables": [_table_json(table) for table in tables],
+        "figures": [{"title": group.title, "rows": [dict(row) for row in group.rows]} for group in figures],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".json.partial")
@@ -136,9 +157,14 @@ def _row_json(row: Row) -> dict[str, object]:
 
 
 def publish(
-    name: str, tables: Sequence[Table], *, rates: Mapping[str, float] | None = None, root: Path | None = None
+    name: str,
+    tables: Sequence[Table],
+    *,
+    figures: Sequence[Figures] = (),
+    rates: Mapping[str, float] | None = None,
+    root: Path | None = None,
 ) -> Path:
-    """Prints the machine, its measured rates and every table, saves the JSON, and returns its path."""
+    """Prints the machine, its measured rates, every table and other figures, saves the JSON, and returns its path."""
     description = machine()
     versions = ", ".join(f"{key} {description[key]}" for key in ("python", "jax"))
     print(f"{description['device_kind']}: {description['cpu']}, {description['cores']} cores, {versions}")
@@ -147,6 +173,8 @@ def publish(
         print(f"{what}: {value / 1e9:,.1f} G{unit}")
     for table in tables:
         print(f"\n{markdown(table)}")
-    path = save(name, tables, rates=rates, root=root)
+    for group in figures:
+        print(f"\n{markdown_of_figures(group)}")
+    path = save(name, tables, figures=figures, rates=rates, root=root)
     print(f"\nwritten: {path}")
     return path

@@ -3,12 +3,12 @@
     python -m benchmarks.sparsemax
     python -m benchmarks.sparsemax --shapes demo --scale 0.01
 
-``z * 2`` reads and writes every score once into a new array: nothing that returns p can do less. Peers that
-are not installed (``pip install -e '.[bench]'``) are named and left out.
+``z * 2`` reads and writes every score once into a new array: nothing that returns p can do less. Freed memory is kept
+for the next array (:func:`jax_sae.keep_freed_memory`), for all candidates alike. Peers that are not installed
+(``pip install -e '.[bench]'``) are named and left out.
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,16 +18,12 @@ import numpy as np
 import optax
 import tyro
 
+from benchmarks import torch_steps
 from benchmarks.harness import Table, machine_rates, measure, tabulate
 from benchmarks.results import publish
-from jax_sae import sparsemax, sparsemax_threshold
+from benchmarks.shapes import SHAPES
+from jax_sae import keep_freed_memory, sparsemax, sparsemax_threshold
 
-SHAPES = {  # rows, concepts
-    "demo": (1024, 4608),  # SmolLM2-135M's residual stream, 8 d
-    "text": (1024, 24576),  # GPT-2 small's, the paper's largest text dictionary
-    "vision": (256, 49152),  # CLIP ViT-B/16's, 64 d, the paper's vision dictionary
-    "wide": (16, 1048576),
-}
 Candidates = dict[str, Callable[[], Any]]
 
 
@@ -48,18 +44,13 @@ def probability_candidates(z: jax.Array) -> Candidates:
         return candidates  # the peers sum in the dtype of the scores, which is wrong by far in bfloat16
     by_optax = jax.jit(jax.vmap(lambda row: optax.projections.projection_simplex(row - row.max())))
     candidates["optax projection_simplex"] = lambda: by_optax(z)
-    if not missing_peers():
+    if not torch_steps.missing("entmax", "torch"):
         import entmax
         import torch
 
         scores = torch.from_numpy(np.array(z))
         candidates["entmax (torch)"] = lambda: entmax.sparsemax(scores, dim=-1)
     return candidates
-
-
-def missing_peers() -> list[str]:
-    """Packages of the bench extra that are not installed here."""
-    return [name for name in ("entmax", "torch") if importlib.util.find_spec(name) is None]
 
 
 def verify(candidates: Candidates, z: jax.Array, tolerance: float) -> None:
@@ -115,18 +106,19 @@ def main(
     """Benchmark sparsemax.
 
     Args:
-      shapes: names of SHAPES.
+      shapes: names of benchmarks.shapes.
       scale: standard deviation of the scores; the support shrinks as it grows.
       dtype: of the scores.
       rounds: timings of each candidate.
     """
+    keep_freed_memory()
+    torch_steps.let_threads_sleep()
     rates = machine_rates()
-    for peer in missing_peers():
-        print(f"{peer} is not installed: left out")
-    tables = [
-        sparsemax_table(name, example_scores(SHAPES[name], scale, dtype), rounds=rounds, copy_rate=rates["copy B/s"])
-        for name in shapes
-    ]
+    torch_steps.report_missing("entmax", "torch")
+    tables = []
+    for name in shapes:
+        z = example_scores((SHAPES[name].rows, SHAPES[name].concepts), scale, dtype)
+        tables.append(sparsemax_table(name, z, rounds=rounds, copy_rate=rates["copy B/s"]))
     publish("sparsemax", tables, rates=rates)
 
 

@@ -5,7 +5,7 @@ import json
 import jax
 
 from benchmarks import results
-from benchmarks.harness import tabulate
+from benchmarks.harness import Figures, tabulate
 
 
 def example_table():
@@ -45,6 +45,19 @@ def test_publish_prints_rates_in_their_unit_and_the_table(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "copy: 25.0 GB/s" in printed
     assert results.markdown(example_table()) in printed
+
+
+def test_figures_are_printed_in_columns_and_written_as_they_are(tmp_path, capsys):
+    figures = Figures("Left out", ({"who": "sort", "M": 3072, "s": 1.25}, {"who": "all", "M": 5, "s": 12345.0}))
+    path = results.publish("example", [], figures=[figures], root=tmp_path)
+    assert json.loads(path.read_text())["figures"] == [
+        {"title": "Left out", "rows": [dict(row) for row in figures.rows]}
+    ]
+    lines = results.markdown_of_figures(figures).splitlines()
+    assert lines[0] == "Left out"
+    assert lines[4].split("|")[1:-1] == [" sort ", " 3,072 ", " 1.2      "]
+    assert lines[5].split("|")[1:-1] == [" all  ", " 5     ", " 12,345.0 "]
+    assert lines[2] in capsys.readouterr().out
 
 
 def test_device_name_is_a_folder_name():

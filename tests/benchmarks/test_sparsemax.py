@@ -28,7 +28,6 @@ def test_a_candidate_that_is_wrong_is_named():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_command_prints_and_writes_every_candidate(dtype, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sparsemax, "SHAPES", {"tiny": (2, 64)})
     monkeypatch.setattr(sparsemax, "machine_rates", lambda: {"copy B/s": 1e9})
     monkeypatch.setattr(results, "ROOT", tmp_path)
     sparsemax.main(shapes=("tiny",), dtype=dtype, rounds=1)
