@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jax_sae.ops.dispatch import resolve
-from jax_sae.sae import SAEConfig
+from jax_sae.sae import Capacity, SAEConfig
 from jax_sae.training import Metrics, TrainState, train_step
 
 SweepStep = Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]
@@ -20,6 +20,7 @@ def sweep_train_step(
     make_optimizer: Callable[[jax.Array], optax.GradientTransformation],
     *,
     implementation: str | None = None,
+    capacity: Capacity | int | None = None,
 ) -> SweepStep:
     """:func:`jax_sae.train_step` of N members at once, under ``jit``, the states donated.
 
@@ -32,6 +33,7 @@ def sweep_train_step(
       make_optimizer: from a learning rate, [] float32 and traced, to the optimizer.
       implementation: ``"vmap"`` batches the members, ``"map"`` takes them one after the other in one program; chosen
         by platform when None.
+      capacity: of every member, see :func:`jax_sae.train_step`; ``"vmap"`` computes every batch densely as well.
 
     Returns:
       ``step(states, learning_rates [N], batch [B, d_in]) -> (states, metrics [N])``, every leaf of ``states`` with a
@@ -56,7 +58,7 @@ def sweep_train_step(
     over_members = resolve(implementation, _IMPLEMENTATIONS, default=_default_implementation())
 
     def member_step(state: TrainState, learning_rate: jax.Array, batch: jax.Array) -> tuple[TrainState, Metrics]:
-        return train_step(config, make_optimizer(learning_rate), state, batch)
+        return train_step(config, make_optimizer(learning_rate), state, batch, capacity=capacity)
 
     return jax.jit(functools.partial(over_members, member_step), donate_argnums=0)
 

@@ -123,7 +123,7 @@ def test_sparse_and_dense_agree_on_adversarial_input(name, case):
             state, stats=dataclasses.replace(state.stats, rows_since_fired=jnp.full(M, 1000, jnp.int32))
         )
     dense, sparse = both(state, x, (M, M))
-    assert sparse.dense == (case == "many dead" and "topk" in name)
+    assert not sparse.dense
     assert_equal(dense, sparse, floor=5.0 if case == "equal scores" else 1e-3)  # gradients that cancel there
 
 

@@ -1,14 +1,13 @@
-"""The training step with as many places per row as the run needs."""
+"""The training step with as many places for active concepts as the run needs."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 
-from jax_sae import Capacity, SAEConfig, TrainState, capacity_limit, choose_capacity, forget_needs
+from jax_sae import Capacity, SAEConfig, TrainState, choose_capacity, forget_needs
 from jax_sae.training import Metrics
-
-from .config import ResolvedConfig
-from .parallel import Placement
 
 _LOOKS = (0, 10, 30)  # steps before which the needs are looked at, and every so many after these:
 _LOOK_EVERY = 100
@@ -21,43 +20,56 @@ class AdaptiveStep:
     stopped and resumed takes the same steps as one that never was.
 
     Args:
-      resolved: the run.
-      placement: how steps are compiled.
-      state: where the run starts or resumes.
+      sae: the autoencoder.
+      compiled_for: from a capacity, None for the dense step, to ``step(state, ...) -> (state, metrics)``.
+      state: where the run starts or resumes; it may be of several members, stacked.
+      asked: auto, dense or the places of every row.
+      limit: of :func:`jax_sae.capacity_limit`; None keeps auto dense.
+      steps_per_call: steps that a call takes.
     """
 
-    def __init__(self, resolved: ResolvedConfig, placement: Placement, state: TrainState):
-        self._sae: SAEConfig = resolved.sae
-        self._placement, self._every = placement, resolved.train.steps_per_call
-        self._asked, self._limit = resolved.train.capacity, None
-        if self._asked == "auto" and placement.name != "mesh":
-            self._limit = capacity_limit(resolved.sae)
-        last = Capacity(*jax.device_get(state.stats.capacity).tolist())
-        self.capacity: Capacity | None = last if last.row else None
-        if isinstance(self._asked, int):
-            self.capacity = Capacity(self._asked, self._asked)
-        self._compiled = {self.capacity: placement.step(self.capacity)}
+    def __init__(
+        self,
+        sae: SAEConfig,
+        compiled_for: Callable[[Capacity | None], Any],
+        state: TrainState,
+        *,
+        asked: Literal["auto", "dense"] | int,
+        limit: int | None,
+        steps_per_call: int = 1,
+    ):
+        self._sae, self._compiled_for, self._every = sae, compiled_for, steps_per_call
+        self._looking, self._limit = asked == "auto", limit
+        self.capacity = Capacity(asked, asked) if isinstance(asked, int) else _last_capacity(state)
+        self._compiled: dict[Capacity | None, Any] = {}
 
-    def __call__(self, state: TrainState, batch: jax.Array, step: int) -> tuple[TrainState, Metrics]:
-        """One call of the step; ``step`` are done before it."""
-        if self._asked == "auto" and self._looks(step):
+    def __call__(self, step: int, state: TrainState, *arguments: jax.Array) -> tuple[TrainState, Metrics]:
+        """One call of the step, ``step`` of them done before."""
+        if self._looking and self._looks(step):
             state = self._look(state)
-        return self._compiled[self.capacity](state, batch)
+        if self.capacity not in self._compiled:
+            self._compiled[self.capacity] = self._compiled_for(self.capacity)
+        return self._compiled[self.capacity](state, *arguments)
 
     def _looks(self, step: int) -> bool:
-        """Whether one of the looks falls into the steps of this call; after every regular one, there is a second.
+        """Whether one of the looks falls into the steps of this call.
 
-        It is for runs that go on densely, where the first look only lets one call measure what is needed.
+        After every regular look there is a second one a call later, for runs that go on densely: there the first only
+        lets one call measure what is needed.
         """
-        marks = {*_LOOKS, step - step % _LOOK_EVERY, step - step % _LOOK_EVERY + self._every}
-        next_mark = step - step % _LOOK_EVERY + _LOOK_EVERY
-        return any(step <= mark < step + self._every for mark in {*marks, next_mark})
+        last = step - step % _LOOK_EVERY
+        marks = (*_LOOKS, last, last + self._every, last + _LOOK_EVERY)
+        return any(step <= mark < step + self._every for mark in marks)
 
     def _look(self, state: TrainState) -> TrainState:
-        stats = jax.device_get(state.stats)
+        needs, capacity = jax.device_get((state.stats.needs, state.stats.capacity))
+        if needs.ndim == 3:
+            needs, capacity = needs.sum(0), capacity[0]
+        stats = dataclasses.replace(state.stats, needs=needs, capacity=capacity)
         self.capacity = choose_capacity(self._sae, stats, self._limit)
-        if self.capacity not in self._compiled:
-            self._compiled[self.capacity] = self._placement.step(self.capacity)
-        if not stats.needs.any():
-            return state
-        return dataclasses.replace(state, stats=forget_needs(state.stats))
+        return dataclasses.replace(state, stats=forget_needs(state.stats)) if needs.any() else state
+
+
+def _last_capacity(state: TrainState) -> Capacity | None:
+    last = jax.device_get(state.stats.capacity).reshape(-1, 2)[0].tolist()
+    return Capacity(*last) if last[0] else None

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_sae import Capacity, SAEConfig, TrainState, eval_step, init_train_state
+from jax_sae import Capacity, SAEConfig, TrainState, capacity_limit, eval_step, init_train_state
 from jax_sae.data import ActivationSet, load_batches, prefetch_to_device
 
 from .adaptive import AdaptiveStep
@@ -107,12 +107,19 @@ class _Loop:
             stop_signals() as stop,
         ):
             self._pending = PendingMetrics(batch_size=batch_size, log_every=config.log_every, steps_per_call=every_step)
-            step = AdaptiveStep(self._resolved, self._placement, state)
+            step = AdaptiveStep(
+                self._resolved.sae,
+                self._placement.step,
+                state,
+                asked=config.capacity,
+                limit=None if self._placement.name == "mesh" else capacity_limit(self._resolved.sae),
+                steps_per_call=every_step,
+            )
             self._capacity = step.capacity
             while self._step < config.steps:
                 with self._pending.waiting_for_input():
                     batch = next(batches)
-                state, metrics = step(state, batch, self._step)
+                state, metrics = step(self._step, state, batch)
                 self._note_capacity(step.capacity)
                 self._step += every_step
                 self._pending.add(self._step, metrics)

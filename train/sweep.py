@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -12,10 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jax_sae import SAEConfig, TrainState, init_train_state, member_state, stack_states, sweep_train_step
+from jax_sae import (
+    SAEConfig,
+    TrainState,
+    capacity_limit,
+    init_train_state,
+    member_state,
+    stack_states,
+    sweep_train_step,
+)
 from jax_sae.data import ActivationSet, Statistics, load_batches, prefetch_to_device
 from jax_sae.training import Metrics
 
+from .adaptive import AdaptiveStep
 from .checkpoint import Checkpoints, abstract
 from .config import ResolvedConfig
 from .files import read_json, write_json
@@ -118,14 +128,19 @@ class _Group:
         self.members = members
         self.config = dataclasses.replace(members[0].run.sae, k=max(member.run.sae.k for member in members))
         config = members[0].config
-        self._step = sweep_train_step(self.config, lambda rate: optimizer_of(config, rate))
+        step = functools.partial(sweep_train_step, self.config, lambda rate: optimizer_of(config, rate))
         self._rates = jnp.asarray([member.config.learning_rate for member in members], jnp.float32)
         states = [self._restored(member, start) if start else self._fresh(member, statistics) for member in members]
         self._states = jax.device_put(stack_states(states), jax.local_devices()[0])
+        # Members that are batched would all be computed both ways: a conditional in vmap takes both of its branches.
+        limit = capacity_limit(self.config) if jax.default_backend() == "cpu" else None
+        self._step = AdaptiveStep(
+            self.config, lambda capacity: step(capacity=capacity), self._states, asked="auto", limit=limit
+        )
 
-    def step(self, batch: jax.Array) -> Metrics:
-        """One step of every member; the metrics have a leading axis of members."""
-        self._states, metrics = self._step(self._states, self._rates, batch)
+    def step(self, number: int, batch: jax.Array) -> Metrics:
+        """One step of every member, ``number`` done before; the metrics have a leading axis of members."""
+        self._states, metrics = self._step(number, self._states, self._rates, batch)
         return metrics
 
     def state(self, member: int) -> TrainState:
@@ -164,7 +179,7 @@ class _Sweep:
             while self.step < config.steps and not stopping and any(m.healthy for m in self._members):
                 with self._pending.waiting_for_input():
                     batch = next(batches)
-                metrics = [group.step(batch) for group in self._groups]
+                metrics = [group.step(self.step, batch) for group in self._groups]
                 self.step += 1
                 self._pending.add(self.step, metrics)
                 progress.update(config.batch_size * len(self._members))

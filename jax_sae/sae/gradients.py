@@ -1,6 +1,7 @@
 """The loss of a training batch with its gradients: densely, which is the definition, or over few places per row."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax_sae.sae.modules import SAEOutput, SparseAutoencoder
 from jax_sae.sae.stats import Capacity, SAEStats, dead_concepts, needs_of, update_stats
 from jax_sae.sae.subset import add_gradients, take_concepts, take_stats
 
-_DEAD_SHARE = 8  # of the dictionary, one in this many: more dead concepts than that are handled densely
+_DEAD_SHARES = (32, 4, 1)  # of the dictionary, one in so many: the loss of dead concepts is compiled for so many
 
 
 @jax.tree_util.register_dataclass
@@ -68,8 +69,8 @@ def sparse_gradients(
 ) -> StepGradients:
     """:func:`dense_gradients` with one dense matrix product and the rest over the places of ``capacity``.
 
-    A batch that needs more of them, on any device, or that has more dead concepts than an eighth of the dictionary
-    while these have a loss, is computed densely: nothing is cut off. ``stats.needs`` counts what was needed.
+    A batch that needs more of them, on any device, is computed densely: nothing is cut off. ``stats.needs`` counts what
+    was needed.
     """
     places = model.find_places(x, stats, capacity.row, axis_name=axis_name)
     size = min(BLOCK, capacity.row)
@@ -78,19 +79,14 @@ def sparse_gradients(
     fullest = jnp.max(places.count, initial=0)
     if axis_name is not None:
         fullest, needed = jax.lax.pmax((fullest, needed), axis_name)
-    dead = _dead_places(model, stats)
     overflow = (fullest > capacity.row) | (needed > room)
-    if dead is not None:
-        overflow |= dead[1] > dead[0].shape[0]
 
     def densely() -> StepGradients:
         return dense_gradients(model, stats, x, step, row_weights=row_weights, axis_name=axis_name)
 
     def over_places() -> StepGradients:
-        dead_indices = None if dead is None else dead[0]
-        return _gradients_at(
-            model, stats, x, step, (places, blocks), dead_indices, row_weights=row_weights, axis_name=axis_name
-        )
+        at = places, blocks
+        return _gradients_at(model, stats, x, step, at, row_weights=row_weights, axis_name=axis_name)
 
     found = jax.lax.cond(overflow, densely, over_places)
     mean = -(-needed * size // max(len(x), 1))
@@ -106,7 +102,6 @@ def _gradients_at(
     x: jax.Array,
     step: jax.Array,
     places: tuple[Places, Blocks],
-    dead: jax.Array | None,
     *,
     row_weights: jax.Array | None,
     axis_name: str | None,
@@ -117,42 +112,45 @@ def _gradients_at(
         return sum(terms.values(), jnp.float32(0)), (output, terms)
 
     (loss, (output, terms)), gradients = jax.value_and_grad(loss_at_places, has_aux=True)(model)
-    if dead is not None:
-        of_dead, part = _dead_gradients(model, stats, output, dead, axis_name)
-        gradients = add_gradients(gradients, part, dead)
+    if model.config.aux_k or model.config.pre_activation_coefficient:
+        of_dead, gradients = _add_dead_gradients(model, stats, output, gradients, axis_name)
         loss, terms = loss + sum(of_dead.values(), jnp.float32(0)), terms | of_dead
     return _step_gradients(model, stats, output, gradients, loss, terms, axis_name)
 
 
-def _dead_places(model: SparseAutoencoder, stats: SAEStats) -> tuple[jax.Array, jax.Array] | None:
-    """(indices [n] of dead concepts, M in unused places; [] how many are dead), or None where they have no loss."""
-    config = model.config
-    if not (config.aux_k or config.pre_activation_coefficient):
-        return None
-    dead = dead_concepts(config, stats)
-    places = max(config.aux_k, config.n_concepts // _DEAD_SHARE, 1)
-    indices = jnp.nonzero(dead, size=places, fill_value=config.n_concepts)[0]
-    return indices.astype(jnp.int32), jnp.sum(dead, dtype=jnp.int32)
-
-
-def _dead_gradients(
-    model: SparseAutoencoder, stats: SAEStats, output: SAEOutput, dead: jax.Array, axis_name: str | None
+def _add_dead_gradients(
+    model: SparseAutoencoder,
+    stats: SAEStats,
+    output: SAEOutput,
+    gradients: SparseAutoencoder,
+    axis_name: str | None,
 ) -> tuple[dict[str, jax.Array], SparseAutoencoder]:
-    """The terms of the loss of dead concepts, and their gradients as those of :func:`take_concepts`; 0 without any."""
-    part, part_stats, exists = take_concepts(model, dead), take_stats(stats, dead), dead < model.config.n_concepts
+    """The terms of the loss of dead concepts, and ``gradients`` with theirs: computed as an autoencoder of their own.
+
+    Nothing is computed while none is dead; else the smallest of a few compiled sizes that they fit in.
+    """
+    config, dead = model.config, dead_concepts(model.config, stats)
+    sizes = sorted({max(config.aux_k, config.n_concepts // share) for share in _DEAD_SHARES})
     residual = jax.lax.stop_gradient(output.normalized - output.y)
 
-    def loss(part: SparseAutoencoder) -> tuple[jax.Array, dict[str, jax.Array]]:
-        scores = part.scores(output.normalized, part_stats)
-        terms = dead_terms(part, scores, exists, residual, axis_name)
-        return sum(terms.values(), jnp.float32(0)), terms
+    def of_size(size: int, gradients: SparseAutoencoder) -> tuple[dict[str, jax.Array], SparseAutoencoder]:
+        indices = jnp.nonzero(dead, size=size, fill_value=config.n_concepts)[0]
+        part, part_stats, exists = take_concepts(model, indices), take_stats(stats, indices), indices < len(dead)
 
-    def nothing(part: SparseAutoencoder) -> tuple[tuple[jax.Array, dict[str, jax.Array]], SparseAutoencoder]:
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(with_gradient, part))
+        def loss(part: SparseAutoencoder) -> tuple[jax.Array, dict[str, jax.Array]]:
+            scores = part.scores(output.normalized, part_stats)
+            terms = dead_terms(part, scores, exists, residual, axis_name)
+            return sum(terms.values(), jnp.float32(0)), terms
 
-    with_gradient = jax.value_and_grad(loss, has_aux=True)
-    (_, terms), gradients = jax.lax.cond(jnp.any(exists), with_gradient, nothing, part)
-    return terms, gradients
+        (_, terms), of_part = jax.value_and_grad(loss, has_aux=True)(part)
+        return terms, add_gradients(gradients, of_part, indices)
+
+    sized = [partial(of_size, size) for size in sizes]
+    names = jax.eval_shape(sized[0], gradients)[0]
+    nothing = lambda gradients: (dict.fromkeys(names, jnp.float32(0)), gradients)  # noqa: E731
+    number = jnp.sum(dead, dtype=jnp.int32)
+    fits = 1 + jnp.searchsorted(jnp.array(sizes, jnp.int32), number)
+    return jax.lax.switch(jnp.where(number == 0, 0, fits), [nothing, *sized], gradients)
 
 
 def _step_gradients(
