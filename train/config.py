@@ -12,8 +12,10 @@ from typing import Any, Literal, get_args, get_type_hints
 from jax_sae import InputError, Preset, SAEConfig
 from jax_sae.data import ActivationSet
 
-# Chosen from 1e-3, 2e-3 and 4e-3 on short runs: benchmarks/results/learning_rates.md.
-LEARNING_RATES: dict[Preset, float] = dict.fromkeys(get_args(Preset), 4e-3)
+# Chosen from 2e-3, 4e-3 and 8e-3 on short runs on two layers: benchmarks/results/learning_rates.md.
+LEARNING_RATES: dict[Preset, float] = dict.fromkeys(get_args(Preset), 2e-3) | dict.fromkeys(
+    ("sparsemax", "mlp_sparsemax", "entmax", "topk"), 4e-3
+)
 
 Overrides = dataclasses.make_dataclass(
     "Overrides",

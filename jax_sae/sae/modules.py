@@ -10,9 +10,9 @@ from flax import nnx
 from jax_sae.ops import Places, bottleneck, find_places
 from jax_sae.ops.rows import Blocks
 from jax_sae.sae.config import SAEConfig
-from jax_sae.sae.param import StoredTransposed
+from jax_sae.sae.init import initial_parameters
 from jax_sae.sae.selection import ConceptParameters, Selection, activate, candidates, keep, place_scores
-from jax_sae.sae.stats import SAEStats, init_stats
+from jax_sae.sae.stats import SAEStats
 
 _TINY_NORM = 1e-8
 
@@ -83,55 +83,24 @@ class SparseAutoencoder(nnx.Module):
       ((4, 16), (4, 64))
     """
 
+    W_enc: nnx.Param
+    W_dec: nnx.Param
+    concepts: nnx.Param
+    W_Q: nnx.Param
+    W_K: nnx.Param
+    W_V: nnx.Param
+    b_enc: nnx.Param
+    b_dec: nnx.Param
+    b_gate: nnx.Param
+    r_mag: nnx.Param
+    b_mag: nnx.Param
+    threshold: nnx.Param
+    log_alpha: nnx.Param
+
     def __init__(self, config: SAEConfig, *, rngs: nnx.Rngs, statistics: Any = None):
         self.config = config
-        if config.encoder == "attention":
-            self._init_attention(rngs)
-        else:
-            self._init_mlp(rngs, statistics)
-        if config.activation == "jumprelu":
-            self.threshold = nnx.Param(jnp.full(config.n_concepts, config.threshold_init))
-        if config.learn_alpha:
-            self.log_alpha = nnx.Param(jnp.log(jnp.float32(config.alpha - 1)))
-
-    def _init_attention(self, rngs: nnx.Rngs) -> None:
-        """What ``config.attention_init`` names; Kaiming's fan_in is M for the concepts and d for the projections."""
-        d, m = self.config.d_in, self.config.n_concepts
-        identity = self.config.attention_init == "identity"
-
-        def projection(scale: float = 1.0) -> nnx.Param:
-            return nnx.Param(scale * jnp.eye(d) if identity else _kaiming_uniform(rngs.params(), (d, d), fan_in=d))
-
-        key = rngs.params()
-        self.concepts = nnx.Param(
-            _random_directions(key, (m, d)) if identity else _kaiming_uniform(key, (m, d), fan_in=m)
-        )
-        self.W_K = projection()
-        self.W_V = projection(self._value_norm())
-        if self.config.query_projection:
-            self.W_Q = projection()
-
-    def _value_norm(self) -> float:
-        """The length that values begin at, so that the first reconstruction has that of the input.
-
-        Raw scores carry ``score_scale``; probabilities add up to 1.
-        """
-        config = self.config
-        if config.values == "scores":
-            return 1 / config.score_scale
-        return config.d_in**0.5 if config.normalize_input == "mean_norm" else 1.0
-
-    def _init_mlp(self, rngs: nnx.Rngs, statistics: Any) -> None:
-        """Random unit decoder rows, the encoder their transpose, b_dec at the centre of the data."""
-        d, m = self.config.d_in, self.config.n_concepts
-        rows = _random_directions(rngs.params(), (m, d))
-        self.W_enc = StoredTransposed.of_rows(jnp.array(rows))
-        if self.config.activation == "gated":
-            self.b_gate, self.r_mag, self.b_mag = (nnx.Param(jnp.zeros(m)) for _ in range(3))
-        else:
-            self.b_enc = nnx.Param(jnp.zeros(m))
-        self.W_dec = nnx.Param(rows)
-        self.b_dec = nnx.Param(_initial_b_dec(self.config, statistics))
+        for name, parameter in initial_parameters(config, rngs, statistics).items():
+            setattr(self, name, parameter)
 
     def __call__(
         self, x: jax.Array, stats: SAEStats, *, training: bool = False, axis_name: str | None = None
@@ -374,22 +343,3 @@ def _at(vector: jax.Array, ndim: int, indices: jax.Array | None) -> jax.Array:
     if indices is None:
         return _as_row(vector, ndim)
     return jnp.take(vector, indices, mode="fill", fill_value=0)
-
-
-def _random_directions(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Random directions."""
-    rows = jax.random.normal(key, shape)
-    return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)
-
-
-def _kaiming_uniform(key: jax.Array, shape: tuple[int, int], fan_in: int) -> jax.Array:
-    bound = (6 / fan_in) ** 0.5
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-
-
-def _initial_b_dec(config: SAEConfig, statistics: Any) -> jax.Array:
-    """The chosen centre of the data, in normalised units."""
-    if statistics is None or config.b_dec_init == "zeros" or config.normalize_input == "unit_norm":
-        return jnp.zeros(config.d_in)
-    stats = init_stats(config, statistics)
-    return (jnp.asarray(getattr(statistics, config.b_dec_init), jnp.float32) - stats.mean) * stats.scale
