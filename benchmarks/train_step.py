@@ -50,6 +50,7 @@ LEARNING_RATE = 1e-6
 BATCHES = 4  # different ones, in turn
 STEPS_TO_SETTLE = 10  # after which a training run looks what capacity it needs
 WARMUP = 4  # the first steps touch memory for the first time
+RATE_ROUNDS = 20  # the best of which is the limit
 ADAM_BYTES = 28  # per float32 parameter: read p, g, m, v, write p, m, v
 TOLERANCE = 1e-4  # of first losses, relative
 _PUBLISHED_LOSS = {"loss": "mse_over_norm", "loss_scale": 10.0}
@@ -117,28 +118,37 @@ def memory_of(analysis: Any) -> dict[str, float]:
     return {"arguments MB": sizes["argument"], "temporaries MB": sizes["temp"], "at once MB": at_once}
 
 
-def stepping(step: Callable[..., Any], state: TrainState, batches: list[jax.Array]) -> Callable[[], Any]:
-    """Goes one step further with every call and returns the loss, once the new state is there."""
+def stepping(
+    step: Callable[..., Any], state: TrainState, batches: list[jax.Array], seen: list[dict[str, Any]] | None = None
+) -> Callable[[], Any]:
+    """Goes a step further with every call and returns its loss, once the new state is there; ``seen`` gets metrics."""
     turns = itertools.cycle(batches)
 
     def go() -> jax.Array:
         nonlocal state
         state, metrics = step(state, next(turns))
         jax.block_until_ready(state)
+        if seen is not None:
+            seen.append(metrics)
         return metrics["loss"]
 
     return go
 
 
-def our_candidates(config: SAEConfig, batches: list[jax.Array]) -> tuple[Candidates, list[dict[str, Any]]]:
-    """Our step with the capacity of a training run and without any, and what compiling them took."""
+def our_candidates(
+    config: SAEConfig, batches: list[jax.Array], seen: list[dict[str, Any]]
+) -> tuple[Candidates, list[dict[str, Any]]]:
+    """Our step with the capacity of a training run and without any, and what compiling them took.
+
+    ``seen`` gets the metrics of every step of the first.
+    """
     capacity = settled_capacity(config, batches)
     candidates: Candidates = {}
     compilations = []
     for name, chosen in {OURS: capacity, DENSE: None}.items():
         state = initial_state(config)
         step, figures = compile_step(config, chosen, state, batches[0])
-        candidates[name] = stepping(step, state, batches)
+        candidates[name] = stepping(step, state, batches, seen if name == OURS else None)
         compilations.append({"step": name, "places": places(chosen)} | figures)
     return candidates, compilations
 
@@ -225,12 +235,16 @@ def step_table(
     config, batches = config_of(case, shape), batches_of(shape)
     support = support_of(config, batches[0])
     title = f"{case} {name}, B = {shape.rows}, d = {shape.d}, M = {shape.concepts:,}, support {support:.0f}"
-    candidates, compilations = our_candidates(config, batches)
+    seen: list[dict[str, Any]] = []
+    candidates, compilations = our_candidates(config, batches, seen)
     if peers:
         candidates |= peer_candidates(config, batches)
     verify(candidates)
     limit = limit_seconds(shape, parameter_count(config), matmul=rates[matmul_name(shape)], copy=rates["copy B/s"])
     samples = measure(candidates, rounds=rounds, warmup=WARMUP)
+    dense = sum(float(metrics.get("dense", 0.0)) for metrics in seen)
+    if dense:
+        print(f"{title}: {dense:.0f} of {len(seen)} sparse steps did not fit and were computed densely")
     table = tabulate(title, samples, baseline=OURS, limits=dict.fromkeys(samples, limit), items=shape.rows)
     return table, [{"case": f"{case} {name}"} | figures for figures in compilations]
 
@@ -241,9 +255,9 @@ def matmul_name(shape: Shape) -> str:
 
 def rates_at(shapes: list[Shape]) -> dict[str, float]:
     """The machine's limits: copying, and the product of a batch with all keys at every shape."""
-    rates = {"copy B/s": copy_bandwidth()}
+    rates = {"copy B/s": copy_bandwidth(rounds=RATE_ROUNDS)}
     for shape in shapes:
-        rates[matmul_name(shape)] = matmul_rate(shape.rows, shape.d, shape.concepts)
+        rates[matmul_name(shape)] = matmul_rate(shape.rows, shape.d, shape.concepts, rounds=RATE_ROUNDS)
     return rates
 
 

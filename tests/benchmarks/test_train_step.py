@@ -48,8 +48,10 @@ def test_the_small_support_is_the_smaller_one():
 
 
 def test_steps_go_on_from_the_state_of_the_last_through_the_batches_in_turn():
-    go = train_step.stepping(lambda state, batch: (state + batch, {"loss": state}), jnp.int32(1), [10, 100])
+    seen: list = []
+    go = train_step.stepping(lambda state, batch: (state + batch, {"loss": state}), jnp.int32(1), [10, 100], seen)
     assert [int(go()) for _ in range(4)] == [1, 11, 111, 121]
+    assert [int(metrics["loss"]) for metrics in seen] == [1, 11, 111, 121]
 
 
 @pytest.mark.parametrize("case", ["sparsemax_small", "topk"])
@@ -73,6 +75,14 @@ def test_the_command_prints_and_writes_times_limits_compilation_and_memory(case,
     printed = capsys.readouterr().out
     assert "matmul [8, 16] @ [16, 192]: 1.0 GFLOP/s" in printed
     assert "at once MB" in printed
+
+
+def test_sparse_steps_that_did_not_fit_are_told(monkeypatch, capsys):
+    rates = {"copy B/s": 1e9, train_step.matmul_name(TINY): 1e9}
+    monkeypatch.setattr(train_step, "settled_capacity", lambda config, batches: 1)
+    train_step.step_table("sparsemax", "tiny", TINY, rounds=1, peers=False, rates=rates)
+    steps = 1 + train_step.WARMUP + 1
+    assert f"{steps} of {steps} sparse steps did not fit and were computed densely" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("materialise", [True, False])
@@ -109,7 +119,7 @@ def test_the_threshold_in_torch_is_ours():
 def test_every_peer_that_is_installed_has_our_first_loss(case):
     pytest.importorskip("torch")
     config, batches = train_step.config_of(case, TINY), train_step.batches_of(TINY)
-    ours, _ = train_step.our_candidates(config, batches)
+    ours, _ = train_step.our_candidates(config, batches, [])
     peers = train_step.peer_candidates(config, batches)
     assert case == "topk" or len(peers) == 2
     train_step.verify(ours | peers)
