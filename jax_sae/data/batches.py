@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_sae.data.order import BatchOrder
 from jax_sae.data.reader import ActivationSet
+from jax_sae.data.windows import Window, WindowReader
 from jax_sae.errors import InputError
 
 _ENDLESS = 2**62
@@ -18,9 +19,9 @@ _ENDLESS = 2**62
 class BatchSource:
     """Random access to batches, for ``grain.MapDataset.source``: an element is a whole batch.
 
-    The window of the order that was used last is kept in memory, and batches are gathered from it. Of each window a
-    host reads the rows it will use, in the order they have on disk, and always into the same buffer: fresh memory
-    costs more than the copy. So one thread at a time may use a source.
+    Batches are gathered from a window of the order that is in memory, while the next window is read from the disk. Of
+    each window a host reads the rows it will use, in the order they have on disk. Memory is that of two windows,
+    whatever the size of the set. One thread at a time may use a source.
 
     Args:
       activations: the set.
@@ -43,14 +44,13 @@ class BatchSource:
     ):
         if order.batch_size % process_count:
             raise InputError(f"batch_size is {order.batch_size}; expected a multiple of the {process_count} processes")
-        self._activations, self._order, self._batches = activations, order, batches
+        self._order, self._batches = order, batches
         self._first_row = first_row
         self._share = order.batch_size // process_count
         self._skip = process_index * self._share
+        self._shape, self._dtype = (self._share, activations.d), activations.dtype
         most = min(order.block_rows * order.window_blocks, order.rows)
-        self._buffer = np.empty((most, activations.d), activations.dtype)
-        self._held: tuple[int, int] | None = None  # epoch and window of the two below
-        self._loaded, self._find = self._buffer[:0], np.zeros(0, np.int64)
+        self._windows = WindowReader(activations, self._rows_of, self._following, most)
 
     def __len__(self) -> int:
         return self._batches
@@ -59,7 +59,7 @@ class BatchSource:
         """[batch_size / process_count, d] in the stored dtype."""
         if not 0 <= batch < self._batches:
             raise IndexError(f"batch {batch} of {self._batches}")
-        parts = []
+        gathered, filled = np.empty(self._shape, self._dtype), 0
         start = int(batch) * self._order.batch_size  # positions in the stream of rows from here on
         mine = start + self._skip, start + self._skip + self._share
         for piece in self._order.pieces(int(batch)):
@@ -67,29 +67,30 @@ class BatchSource:
             low, high = max(start, mine[0]), min(stop, mine[1])
             if low < high:
                 first = self._owned_before(self._order.window_start(piece.epoch, piece.window))
-                loaded, find = self._window(piece.epoch, piece.window)
-                parts.append(loaded[find[self._owned_before(low) - first : self._owned_before(high) - first]])
+                loaded, find = self._windows((piece.epoch, piece.window))
+                places = find[self._owned_before(low) - first : self._owned_before(high) - first]
+                out = gathered[filled : filled + len(places)]
+                np.take(loaded, places, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
+                filled += len(places)
             start = stop
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return gathered
 
     def _owned_before(self, position: int) -> int:
         """How many positions of the stream before ``position`` are this host's."""
         batches, within = divmod(position, self._order.batch_size)
         return batches * self._share + min(max(within - self._skip, 0), self._share)
 
-    def _window(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """This host's rows of a window in the order of the disk, and where each place of the stream finds its row."""
-        if self._held != (epoch, window):
-            rows = self._order.window(epoch, window)
-            within = (self._order.window_start(epoch, window) + np.arange(len(rows))) % self._order.batch_size
-            rows = rows[(within >= self._skip) & (within < self._skip + self._share)]
-            by_place = np.argsort(rows)
-            self._held = None  # should reading fail, the buffer holds no window
-            self._find = np.empty_like(by_place)
-            self._find[by_place] = np.arange(len(rows))
-            self._loaded = self._activations.take(rows[by_place] + self._first_row, out=self._buffer[: len(rows)])
-            self._held = epoch, window
-        return self._loaded, self._find
+    def _rows_of(self, window: Window) -> np.ndarray:
+        """This host's rows of a window, in the order of the stream."""
+        rows = self._order.window(*window)
+        within = (self._order.window_start(*window) + np.arange(len(rows))) % self._order.batch_size
+        return rows[(within >= self._skip) & (within < self._skip + self._share)] + self._first_row
+
+    def _following(self, window: Window) -> Window | None:
+        """The window after ``window``, if it has rows of the source's batches."""
+        epoch, number = window
+        following = (epoch, number + 1) if number + 1 < self._order.windows else (epoch + 1, 0)
+        return following if self._order.window_start(*following) < self._batches * self._order.batch_size else None
 
 
 def load_batches(

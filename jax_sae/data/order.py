@@ -59,6 +59,11 @@ class BatchOrder:
                 f"a batch has {self.batch_size} rows but the set {self.rows}; use a smaller batch or a larger set"
             )
 
+    @property
+    def windows(self) -> int:
+        """Windows of an epoch."""
+        return -(-self.rows // (self.block_rows * self.window_blocks))
+
     def indices(self, batch: int) -> np.ndarray:
         """[batch_size] int64 rows of batch number ``batch``."""
         return np.concatenate([self.window(p.epoch, p.window)[p.start : p.stop] for p in self.pieces(batch)])

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,13 +77,12 @@ def test_rows_removed_from_the_set_never_come_up(activations):
 
 
 @pytest.mark.parametrize("process_count", [1, 4])
-def test_one_window_is_kept_and_every_row_is_read_once_an_epoch(activations, monkeypatch, process_count):
-    buffers, taken = [], []
+def test_two_windows_are_kept_and_every_row_is_read_once_an_epoch(activations, monkeypatch, process_count):
+    buffers, taken = {}, []
     take = activations.take
 
     def watched(indices, out=None):
-        if not any(out.base is buffer for buffer in buffers):
-            buffers.append(out.base)
+        buffers[id(out.base)] = out.base
         taken.extend(indices)
         return take(indices, out)
 
@@ -92,9 +92,28 @@ def test_one_window_is_kept_and_every_row_is_read_once_an_epoch(activations, mon
         source = BatchSource(activations, order, 97, process_index=process, process_count=process_count)
         for batch in range(97):  # 8 epochs exactly
             source[batch]
-    assert len(buffers) == process_count
-    assert all(buffer.shape == (16, 3) for buffer in buffers)
+    assert len(buffers) == 2 * process_count
+    assert all(buffer.shape == (16, 3) for buffer in buffers.values())
     np.testing.assert_array_equal(np.bincount(taken), np.full(97, 8))
+
+
+def test_the_next_window_is_read_while_one_is_in_use_and_no_more(activations, monkeypatch):
+    order, taken, read = BatchOrder(97, 8, 0, 4, 4), set(), threading.Event()
+    expected = {int(row) for window in (0, 1) for row in order.window(0, window)}
+    take = activations.take
+
+    def watched(indices, out=None):
+        taken.update(indices.tolist())
+        if taken >= expected:
+            read.set()
+        return take(indices, out)
+
+    monkeypatch.setattr(activations, "take", watched)
+    source = BatchSource(activations, order, 12)
+    source[0]
+    assert read.wait(10)
+    source[1]  # of the first window as well
+    assert taken == expected
 
 
 def test_a_source_ends(activations):
@@ -107,19 +126,43 @@ def test_a_source_ends(activations):
 
 def test_a_read_that_failed_is_made_again(activations, monkeypatch):
     order = BatchOrder(97, 8, 0, 4, 4)
-    source = BatchSource(activations, order, 12)
-    first, take = source[0], activations.take
+    second, take = order.window(0, 1), activations.take
 
     def spoil(indices, out):
-        out[:] = np.nan
-        raise OSError("the disk is gone")
+        if np.isin(indices, second).any():
+            out[:] = np.nan
+            raise OSError("the disk is gone")
+        return take(indices, out)
 
     monkeypatch.setattr(activations, "take", spoil)
+    source = BatchSource(activations, order, 12)
+    for batch in (0, 1):  # the read ahead has failed, but its turn has not come
+        np.testing.assert_array_equal(source[batch], ROWS[order.indices(batch)])
     with pytest.raises(OSError, match="the disk is gone"):
-        source[2]  # the second window
+        source[2]
     monkeypatch.setattr(activations, "take", take)
-    np.testing.assert_array_equal(source[2], ROWS[order.indices(2)])
-    np.testing.assert_array_equal(source[0], first)
+    for batch in (2, 0):
+        np.testing.assert_array_equal(source[batch], ROWS[order.indices(batch)])
+
+
+def test_what_is_left_of_a_read_that_failed_spoils_no_other(activations, monkeypatch):
+    order = BatchOrder(96, 16, 0, 4, 4)  # a batch is a window
+    first, take = np.sort(order.window(0, 0)), activations.take
+
+    def late(indices, out):
+        if indices[0] == first[0]:
+            raise OSError("the disk is gone")
+        time.sleep(0.1)
+        return take(indices, out)
+
+    monkeypatch.setattr(activations, "take", late)
+    source = BatchSource(activations, order, 6)
+    with pytest.raises(OSError, match="the disk is gone"):
+        source[0]
+    monkeypatch.setattr(activations, "take", take)
+    source[5]  # the last: nothing is read ahead
+    time.sleep(0.2)
+    np.testing.assert_array_equal(source[5], ROWS[order.indices(5)])
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(activations):

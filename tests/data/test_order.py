@@ -33,6 +33,9 @@ def test_every_epoch_is_a_permutation_and_every_batch_is_full(rows, batch_size, 
     for epoch in range(4):
         drawn = stream(order, epoch * rows, (epoch + 1) * rows)
         np.testing.assert_array_equal(np.sort(drawn), np.arange(rows))
+        np.testing.assert_array_equal(
+            np.concatenate([order.window(epoch, window) for window in range(order.windows)]), drawn
+        )
     batch = order.indices(3)
     assert batch.shape == (batch_size,) and batch.dtype == np.int64
 

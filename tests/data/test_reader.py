@@ -1,6 +1,8 @@
 """Reading a set: what goes in comes out, with rows held out or removed, and every row's token is known."""
 
+import io
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -78,6 +80,49 @@ def test_a_folder_of_npy_files_in_the_order_of_their_names(tmp_path):
     for name, part in {"b": ROWS[10:29], "a": ROWS[:10], "d": ROWS[29:], "c": ROWS[:0]}.items():
         np.save(tmp_path / f"{name}.npy", part)
     same(open_activations(tmp_path), ROWS)
+
+
+# Rows of 16 kB and more, which are read from the files; shorter ones are copied from the mapping
+
+WIDE = np.random.default_rng(1).normal(size=(30, 1 << 13)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_rows_return_as_written(tmp_path, dtype):
+    same(write(tmp_path, WIDE.astype(dtype)), WIDE.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ">f4"])
+@pytest.mark.parametrize("shape", [(30, -1), (6, 5, 1 << 13)])
+def test_wide_rows_of_npy_files(tmp_path, dtype, shape):
+    np.save(tmp_path / "a.npy", WIDE.reshape(shape).astype(dtype))
+    same(open_activations(tmp_path / "a.npy"), WIDE)
+
+
+def test_rows_go_where_out_is_even_if_it_has_gaps(tmp_path):
+    out = np.zeros((5, 2, 1 << 13), np.float32)
+    write(tmp_path, WIDE).take(np.arange(6, 11), out[:, 0])
+    np.testing.assert_array_equal(out[:, 0], WIDE[6:11])
+    assert not out[:, 1].any()
+
+
+def test_reads_that_come_in_parts_are_put_together(tmp_path, monkeypatch):
+    activations = write(tmp_path, WIDE)
+
+    class InParts(io.FileIO):
+        def readinto(self, buffer):
+            return super().readinto(buffer[:1000])
+
+    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: InParts(path, mode))
+    np.testing.assert_array_equal(activations.take(np.arange(5, 25)), WIDE[5:25])
+
+
+def test_a_file_that_was_cut_after_it_was_opened_is_an_error(tmp_path):
+    activations = write(tmp_path, WIDE)
+    os.truncate(tmp_path / "shard-00001.npy", 100_000)
+    with pytest.raises(InputError, match=r"shard-00001.npy has become shorter since it was opened; write it again$"):
+        activations.take(np.arange(6, 16))
+    np.testing.assert_array_equal(activations.take(np.arange(8)), WIDE[:8])
 
 
 def test_rows_outside_the_set_are_refused(tmp_path):

@@ -1,0 +1,70 @@
+"""Windows of the order of training, each read while the one before it is in use."""
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import numpy as np
+
+from jax_sae.data.reader import ActivationSet
+
+# Reads in flight: a solid state disk is idle for most of the time with one.
+READERS = 8
+
+Window = tuple[int, int]  # epoch, number of the window in it
+Loaded = tuple[np.ndarray, np.ndarray]  # rows in the order of the disk; for each place of the stream, where its row is
+
+
+class WindowReader:
+    """Rows of one window at a time, in two buffers that are used in turn: fresh memory costs more than the copy.
+
+    One thread at a time may use it.
+
+    Args:
+      activations: the set.
+      rows_of: int64 rows of a window, in the order of the stream.
+      following: the window to read ahead after a window, or None.
+      most: rows that a window has at most.
+    """
+
+    def __init__(
+        self,
+        activations: ActivationSet,
+        rows_of: Callable[[Window], np.ndarray],
+        following: Callable[[Window], Window | None],
+        most: int,
+    ):
+        self._activations, self._rows_of, self._following = activations, rows_of, following
+        self._spare, self._used = (np.empty((most, activations.d), activations.dtype) for _ in range(2))
+        self._held: tuple[Window, Loaded] | None = None
+        self._ahead: tuple[Window, Future[Loaded]] | None = None
+        self._turns = ThreadPoolExecutor(1, "windows")  # so a buffer that is being filled is waited for
+        self._readers = ThreadPoolExecutor(READERS, "rows")
+
+    def __call__(self, window: Window) -> Loaded:
+        """The window, valid until the next call with another; an error of reading is raised and not remembered."""
+        if self._held is None or self._held[0] != window:
+            ahead = self._ahead if self._ahead is not None and self._ahead[0] == window else self._start(window)
+            self._ahead = None
+            self._held = window, ahead[1].result()
+            self._spare, self._used = self._used, self._spare
+            following = self._following(window)
+            self._ahead = None if following is None else self._start(following)
+        return self._held[1]
+
+    def _start(self, window: Window) -> tuple[Window, "Future[Loaded]"]:
+        return window, self._turns.submit(self._read, window, self._spare)
+
+    def _read(self, window: Window, buffer: np.ndarray) -> Loaded:
+        rows = self._rows_of(window)
+        by_place = np.argsort(rows)
+        find = np.empty_like(by_place)
+        find[by_place] = np.arange(len(rows))
+        ascending, loaded = rows[by_place], buffer[: len(rows)]
+        bounds = np.linspace(0, len(rows), READERS + 1, dtype=int)
+        parts = [slice(low, high) for low, high in itertools.pairwise(bounds) if low < high]
+        readings = [self._readers.submit(self._activations.take, ascending[part], loaded[part]) for part in parts]
+        wait(readings)  # all of them, that none writes into a buffer given to another window after an error
+        for reading in readings:
+            reading.result()
+        return loaded, find
