@@ -10,7 +10,7 @@
 
 VENV ?= .venv
 DEMO ?= runs/demo
-BENCHMARKS ?= import_time sparsemax loader train_step end_to_end growth
+BENCHMARKS ?= import_time sparsemax bottleneck train_step loader end_to_end growth
 RUN = $(VENV)/bin/python
 VERSION = -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 
