@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_sae.ops.compaction import compact
 from jax_sae.ops.maxima import group_maxima
 
 Threshold = tuple[jax.Array, jax.Array, jax.Array]
@@ -22,7 +23,7 @@ Sums = tuple[jax.Array, jax.Array]
 Sweep = Callable[[jax.Array, jax.Array, jax.Array], Sums]
 
 _CHUNK = 128  # columns per step of the loop that XLA:CPU vectorises
-_BLOCK = 8  # rows that are solved together on CPU, from the second-level cache
+_GATHERED = 512  # scores of a row that are gathered on CPU
 _MAX_SWEEPS = 100
 
 
@@ -58,55 +59,53 @@ def newton_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
     It starts from the threshold of a subset of the row, the maxima of strided groups: a lower bound of the
     row's own that leaves two to four sweeps over the row instead of about ten.
 
-    On CPU a sweep is a loop over chunks of columns, which XLA vectorises there as it does not the plain
-    reduction, and a few rows are solved at a time, which stay in cache from one sweep to the next: three times
-    faster at (1024, 4608) and twice at (256, 49152) than all rows together.
+    On CPU the scores above that bound, a few more than the support, are gathered first, and Newton's method goes over
+    these alone; only rows with more than _GATHERED of them are swept whole. A sweep is a loop over chunks of columns,
+    which XLA vectorises there as it does not the plain reduction.
     """
-    chunked = partial(_solve, axis_name=axis_name, sweep=_chunked_sums)
-    on_cpu = chunked if axis_name is not None else partial(_solve_in_blocks, solve=chunked)
-    return lax.platform_dependent(z, cpu=on_cpu, default=partial(_solve, axis_name=axis_name, sweep=_plain_sums))
+    swept = partial(_solve, axis_name=axis_name, sweep=_plain_sums)
+    on_cpu = partial(_solve, axis_name=axis_name, sweep=_chunked_sums, gather=axis_name is None)
+    return lax.platform_dependent(z, cpu=on_cpu, default=swept)
 
 
-def _solve(z: jax.Array, *, axis_name: str | None, sweep: Sweep) -> Threshold:
+def _solve(z: jax.Array, *, axis_name: str | None, sweep: Sweep, gather: bool = False) -> Threshold:
     dtype = compute_dtype(z)
     maxima = group_maxima(z)
     top = jnp.max(maxima, axis=-1, keepdims=True).astype(dtype)
     if axis_name is not None:
         top = lax.pmax(top, axis_name)
     anchor = jnp.where(jnp.isfinite(top), top, 0)  # a row with an infinite maximum has no threshold anyway
-    start = jnp.full_like(top, -1)
+    start, found, open_rows = jnp.full_like(top, -1), None, jnp.full_like(top, True, dtype=bool)
     if maxima is not z:
-        below, _ = _newton(partial(sweep, maxima, anchor), start, axis_name)
+        below, _ = _newton(partial(sweep, maxima, anchor), start, axis_name, open_rows)
         # Rounding must not push the start above the threshold: f >= 0 there keeps Newton monotone.
         start = jnp.maximum(below - 8 * jnp.finfo(dtype).eps, start)
-    tau, count = _newton(partial(sweep, z, anchor), start, axis_name)
+        if gather:
+            found, open_rows = _solve_gathered(z, anchor, start)
+    tau, count = _newton(partial(sweep, z, anchor), start, axis_name, open_rows)
+    if found is not None:
+        tau, count = jnp.where(open_rows, tau, found[0]), jnp.where(open_rows, count, found[1])
     undefined = jnp.isnan(tau) | ~jnp.isfinite(top)
     return top, jnp.where(undefined, jnp.nan, tau), jnp.where(undefined, 0, count.astype(jnp.int32))
 
 
-def _solve_in_blocks(z: jax.Array, *, solve: Callable[[jax.Array], Threshold]) -> Threshold:
-    """``solve`` on _BLOCK rows after _BLOCK rows; the last block reaches back over rows that are done."""
-    rows, dtype = z.shape[0], compute_dtype(z)
-    if rows <= _BLOCK:
-        return solve(z)
+def _solve_gathered(z: jax.Array, anchor: jax.Array, start: jax.Array) -> tuple[Sums, jax.Array]:
+    """((tau, count), [B, 1] bool the rows that were too full), from the scores above the lower bound ``start``.
 
-    def place(i: jax.Array, found: Threshold) -> Threshold:
-        start = jnp.minimum(i * _BLOCK, rows - _BLOCK)
-        block = solve(lax.dynamic_slice_in_dim(z, start, _BLOCK).astype(dtype))
-        top, tau, count = (
-            lax.dynamic_update_slice_in_dim(whole, part, start, 0) for whole, part in zip(found, block, strict=True)
-        )
-        return top, tau, count
-
-    zeros = jnp.zeros_like(z[:, :1], dtype=dtype)
-    return lax.fori_loop(0, -(-rows // _BLOCK), place, (zeros, zeros, zeros.astype(jnp.int32)))
+    NaN counts as above, so that a row that holds one ends with NaN.
+    """
+    above = ~((z.astype(anchor.dtype) - anchor) - start <= 0)
+    indices, count = compact(above, min(_GATHERED, z.shape[-1]))
+    scores = jnp.take_along_axis(z, indices, axis=-1, mode="fill", fill_value=-jnp.inf)
+    full = count[:, None] > indices.shape[-1]
+    return _newton(partial(_plain_sums, scores, anchor), start, None, jnp.full_like(full, True)), full
 
 
-def _newton(sums: Callable[[jax.Array], Sums], start: jax.Array, axis_name: str | None) -> Sums:
+def _newton(sums: Callable[[jax.Array], Sums], start: jax.Array, axis_name: str | None, open_rows: jax.Array) -> Sums:
     """(tau [B, 1], count [B, 1]) from the lower bound ``start``; ``sums(tau)`` is one sweep over the rows.
 
     A row is done, and kept as it is, when its count stays the same or its tau no longer rises: rounding would
-    make some rows go up and down for ever by the first rule alone.
+    make some rows go up and down for ever by the first rule alone. Rows that are not ``open_rows`` are done.
     """
 
     def step(carry: tuple) -> tuple:
@@ -118,7 +117,7 @@ def _newton(sums: Callable[[jax.Array], Sums], start: jax.Array, axis_name: str 
         still_moving = moving & (new_count != count) & ((new_tau > tau) | (count < 0))
         return sweeps + 1, jnp.where(moving, new_tau, tau), jnp.where(moving, new_count, count), still_moving
 
-    begin = step((0, start, jnp.full_like(start, -1), jnp.full_like(start, True, dtype=bool)))
+    begin = (0, start, jnp.full_like(start, -1), open_rows)
     _, tau, count, _ = lax.while_loop(lambda carry: (carry[0] < _MAX_SWEEPS) & jnp.any(carry[3]), step, begin)
     return tau, count
 
