@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_sae.data.order import BatchOrder
 from jax_sae.data.reader import ActivationSet
-from jax_sae.data.windows import Window, WindowReader
+from jax_sae.data.windows import Share, WindowReader
 from jax_sae.errors import InputError
 
 _ENDLESS = 2**62
@@ -44,53 +44,33 @@ class BatchSource:
     ):
         if order.batch_size % process_count:
             raise InputError(f"batch_size is {order.batch_size}; expected a multiple of the {process_count} processes")
-        self._order, self._batches = order, batches
-        self._first_row = first_row
-        self._share = order.batch_size // process_count
-        self._skip = process_index * self._share
-        self._shape, self._dtype = (self._share, activations.d), activations.dtype
-        most = min(order.block_rows * order.window_blocks, order.rows)
-        self._windows = WindowReader(activations, self._rows_of, self._following, most)
+        size = order.batch_size // process_count
+        self._order, self._share = order, Share(order, batches, first_row, process_index * size, size)
+        self._shape, self._dtype = (size, activations.d), activations.dtype
+        self._windows = WindowReader(activations, self._share)
 
     def __len__(self) -> int:
-        return self._batches
+        return self._share.batches
 
     def __getitem__(self, batch: Any) -> np.ndarray:
         """[batch_size / process_count, d] in the stored dtype."""
-        if not 0 <= batch < self._batches:
-            raise IndexError(f"batch {batch} of {self._batches}")
+        if not 0 <= batch < self._share.batches:
+            raise IndexError(f"batch {batch} of {self._share.batches}")
         gathered, filled = np.empty(self._shape, self._dtype), 0
         start = int(batch) * self._order.batch_size  # positions in the stream of rows from here on
-        mine = start + self._skip, start + self._skip + self._share
+        mine = start + self._share.skip, start + self._share.skip + self._share.size
         for piece in self._order.pieces(int(batch)):
             stop = start + piece.stop - piece.start
             low, high = max(start, mine[0]), min(stop, mine[1])
             if low < high:
-                first = self._owned_before(self._order.window_start(piece.epoch, piece.window))
+                first = self._share.owned_before(self._order.window_start(piece.epoch, piece.window))
                 loaded, find = self._windows((piece.epoch, piece.window))
-                places = find[self._owned_before(low) - first : self._owned_before(high) - first]
+                places = find[self._share.owned_before(low) - first : self._share.owned_before(high) - first]
                 out = gathered[filled : filled + len(places)]
                 np.take(loaded, places, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
                 filled += len(places)
             start = stop
         return gathered
-
-    def _owned_before(self, position: int) -> int:
-        """How many positions of the stream before ``position`` are this host's."""
-        batches, within = divmod(position, self._order.batch_size)
-        return batches * self._share + min(max(within - self._skip, 0), self._share)
-
-    def _rows_of(self, window: Window) -> np.ndarray:
-        """This host's rows of a window, in the order of the stream."""
-        rows = self._order.window(*window)
-        within = (self._order.window_start(*window) + np.arange(len(rows))) % self._order.batch_size
-        return rows[(within >= self._skip) & (within < self._skip + self._share)] + self._first_row
-
-    def _following(self, window: Window) -> Window | None:
-        """The window after ``window``, if it has rows of the source's batches."""
-        epoch, number = window
-        following = (epoch, number + 1) if number + 1 < self._order.windows else (epoch + 1, 0)
-        return following if self._order.window_start(*following) < self._batches * self._order.batch_size else None
 
 
 def load_batches(

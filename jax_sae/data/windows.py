@@ -1,11 +1,12 @@
 """Windows of the order of training, each read while the one before it is in use."""
 
+import dataclasses
 import itertools
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
+from jax_sae.data.order import BatchOrder
 from jax_sae.data.reader import ActivationSet
 
 # Reads in flight: a solid state disk is idle for most of the time with one.
@@ -15,6 +16,42 @@ Window = tuple[int, int]  # epoch, number of the window in it
 Loaded = tuple[np.ndarray, np.ndarray]  # rows in the order of the disk; for each place of the stream, where its row is
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one host uses of the stream of rows: an equal, consecutive part of each of the first batches.
+
+    Attributes:
+      order: which rows make up which batch.
+      batches: how many batches are used.
+      first_row: row of the set that row 0 of the order is.
+      skip: rows of a batch that hosts before this one get.
+      size: rows of a batch that this host gets.
+    """
+
+    order: BatchOrder
+    batches: int
+    first_row: int
+    skip: int
+    size: int
+
+    def owned_before(self, position: int) -> int:
+        """How many positions of the stream before ``position`` are this host's."""
+        batches, within = divmod(position, self.order.batch_size)
+        return batches * self.size + min(max(within - self.skip, 0), self.size)
+
+    def rows(self, window: Window) -> np.ndarray:
+        """int64 rows of the set that this host uses of a window, in the order of the stream."""
+        rows = self.order.window(*window)
+        within = (self.order.window_start(*window) + np.arange(len(rows))) % self.order.batch_size
+        return rows[(within >= self.skip) & (within < self.skip + self.size)] + self.first_row
+
+    def following(self, window: Window) -> Window | None:
+        """The window after ``window``, if batches reach into it."""
+        epoch, number = window
+        following = (epoch, number + 1) if number + 1 < self.order.windows else (epoch + 1, 0)
+        return following if self.order.window_start(*following) < self.batches * self.order.batch_size else None
+
+
 class WindowReader:
     """Rows of one window at a time, in two buffers that are used in turn: fresh memory costs more than the copy.
 
@@ -22,19 +59,12 @@ class WindowReader:
 
     Args:
       activations: the set.
-      rows_of: int64 rows of a window, in the order of the stream.
-      following: the window to read ahead after a window, or None.
-      most: rows that a window has at most.
+      share: what of it is read.
     """
 
-    def __init__(
-        self,
-        activations: ActivationSet,
-        rows_of: Callable[[Window], np.ndarray],
-        following: Callable[[Window], Window | None],
-        most: int,
-    ):
-        self._activations, self._rows_of, self._following = activations, rows_of, following
+    def __init__(self, activations: ActivationSet, share: Share):
+        self._activations, self._share = activations, share
+        most = min(share.order.block_rows * share.order.window_blocks, share.order.rows)
         self._spare, self._used = (np.empty((most, activations.d), activations.dtype) for _ in range(2))
         self._held: tuple[Window, Loaded] | None = None
         self._ahead: tuple[Window, Future[Loaded]] | None = None
@@ -48,7 +78,7 @@ class WindowReader:
             self._ahead = None
             self._held = window, ahead[1].result()
             self._spare, self._used = self._used, self._spare
-            following = self._following(window)
+            following = self._share.following(window)
             self._ahead = None if following is None else self._start(following)
         return self._held[1]
 
@@ -56,7 +86,7 @@ class WindowReader:
         return window, self._turns.submit(self._read, window, self._spare)
 
     def _read(self, window: Window, buffer: np.ndarray) -> Loaded:
-        rows = self._rows_of(window)
+        rows = self._share.rows(window)
         by_place = np.argsort(rows)
         find = np.empty_like(by_place)
         find[by_place] = np.arange(len(rows))

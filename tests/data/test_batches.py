@@ -1,8 +1,10 @@
 """Batches against plain indexing, on one host and on several, and their way to the devices."""
 
+import gc
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +116,28 @@ def test_the_next_window_is_read_while_one_is_in_use_and_no_more(activations, mo
     assert read.wait(10)
     source[1]  # of the first window as well
     assert taken == expected
+
+
+def test_memory_and_threads_go_with_the_source(activations, monkeypatch):
+    buffers, take, before = [], activations.take, threading.active_count()
+
+    def watched(indices, out=None):
+        buffers.append(weakref.ref(out.base))
+        return take(indices, out)
+
+    monkeypatch.setattr(activations, "take", watched)
+    gc.disable()  # nothing has to wait for it
+    try:
+        source = BatchSource(activations, BatchOrder(97, 8, 0, 4, 4), 97)
+        source[0], source[2]
+        assert threading.active_count() > before and any(buffer() is not None for buffer in buffers)
+        del source
+        until = time.monotonic() + 10
+        while any(buffer() is not None for buffer in buffers) or threading.active_count() > before:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        gc.enable()
 
 
 def test_a_source_ends(activations):
