@@ -8,7 +8,7 @@ to be). Every turn is a whole pass, from opening the stream to its last batch. T
 into one buffer that is used again, which is the least that any loader of batches has to do. Processor time counts all
 threads of the process, whatever else runs on the machine.
 
-Last, sets of growing size, the largest larger than the machine's memory, are gone through once each, not cached at
+Besides, sets of growing size, the largest larger than the machine's memory, are gone through once each, not cached at
 first, with the memory that the process holds at most. Their files are sparse: they take no room on the disk and are
 read without it, but the page cache fills with them as with any file.
 """
@@ -288,14 +288,14 @@ def main(
     copy_rate = copy_bandwidth()
     figures = []
     with tempfile.TemporaryDirectory(dir=folder) as place:
+        if memory_multiple:  # before anything else has filled the memory of the process
+            largest = memory_multiple * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+            sizes = [int(largest / part) for part in (16, 4, 1)]
+            figures.append(memory_figures(Path(place), d, dtype, batch_size, sizes))
         activations = write_set(Path(place) / "set", rows, d, dtype)
         # Cold first: what the process has mapped, as the stream of single rows does, cannot be evicted.
         from_disk = cold_tables(activations, batch_size, rounds=rounds) if cold else ()
         tables = cached_tables(activations, batch_size, rounds=rounds, copy_rate=copy_rate)
-        if memory_multiple:
-            largest = memory_multiple * os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
-            sizes = [int(largest / part) for part in (16, 4, 1)]
-            figures.append(memory_figures(Path(place), d, dtype, batch_size, sizes))
     publish("loader", (*tables, *from_disk), figures=figures, rates={"copy B/s": copy_rate}, root=json)
 
 

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,18 +86,28 @@ class ActivationSet:
         if len(indices) and not 0 <= indices.min() <= indices.max() < self.rows:
             raise IndexError(f"rows {indices.min()} to {indices.max()} of a set with {self.rows}")
         taken = np.empty((len(indices), self.d), self.dtype) if out is None else out
+        if np.all(indices[:-1] <= indices[1:]):
+            for shard, rows, part in self._by_shard(indices):
+                shard.take(rows, out=taken[part])
+            return taken
+        order = np.argsort(indices)
+        taken[order] = self.take(indices[order])
+        return taken
+
+    def announce(self, indices: np.ndarray) -> None:
+        """Tells the system that the rows at ascending ``indices`` will be taken, so that it may read them already."""
+        for shard, rows, _ in self._by_shard(indices):
+            shard.announce(rows)
+
+    def _by_shard(self, indices: np.ndarray) -> Iterator[tuple[Shard, np.ndarray, slice]]:
+        """Shards with rows at ascending ``indices``: which rows of the shard, and where they are in ``indices``."""
         rows = indices
         if len(self._removed):  # the i-th removed row shifts every row from there on by one
             rows = rows + np.searchsorted(self._removed - np.arange(len(self._removed)), rows, side="right")
-        if np.all(rows[:-1] <= rows[1:]):  # ascending: every shard fills one stretch
-            bounds = np.searchsorted(rows, np.concatenate([[0], self._ends]))
-            for shard, end, low, high in zip(self._shards, self._ends, bounds, bounds[1:], strict=False):
-                if low < high:
-                    shard.take(rows[low:high] - (end - shard.rows), out=taken[low:high])
-            return taken
-        order = np.argsort(rows)
-        taken[order] = self.take(indices[order])
-        return taken
+        bounds = np.searchsorted(rows, np.concatenate([[0], self._ends]))
+        for shard, end, low, high in zip(self._shards, self._ends, bounds, bounds[1:], strict=False):
+            if low < high:
+                yield shard, rows[low:high] - (end - shard.rows), slice(low, high)
 
     def with_holdout(self, rows: int) -> "ActivationSet":
         """The same set with its last ``rows`` rows held out; statistics of other training rows are dropped.

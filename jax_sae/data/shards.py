@@ -1,6 +1,8 @@
 """The files that rows come from: ``.npy`` arrays, mapped, and TFDS datasets in array_record format."""
 
 import io
+import itertools
+import os
 import tokenize
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,9 @@ class Shard(Protocol):
 
     def take(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Puts the rows at ascending ``indices`` into ``out [n, d]``."""
+
+    def announce(self, indices: np.ndarray) -> None:
+        """Tells the system that the rows at ascending ``indices`` will be taken."""
 
     def fingerprint(self) -> bytes:
         """Bytes that differ between shards of different shape, and almost surely of different content."""
@@ -73,14 +78,32 @@ class NpyShard:
         Raises:
           InputError: the file has become shorter.
         """
-        starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
-        if len(starts) * _RUN_BYTES > out.nbytes or self._rows.dtype != out.dtype or not out.flags.c_contiguous:
+        runs = self._runs(indices)
+        if not runs or self._rows.dtype != out.dtype or not out.flags.c_contiguous:
             np.take(self._rows, indices, axis=0, out=out, mode="clip")  # "raise" would go through a buffer
             return
+        row_bytes = self._rows.strides[0]
         with self.path.open("rb", buffering=0) as file:
-            for start, stop in zip(starts, [*starts[1:], len(indices)], strict=True):
-                file.seek(self._offset + int(indices[start]) * self._rows.strides[0])
+            for start, stop in runs:
+                file.seek(self._offset + int(indices[start]) * row_bytes)
                 self._fill(file, out[start:stop].view(np.uint8).data.cast("B"))
+
+    def announce(self, indices: np.ndarray) -> None:
+        """Has the system read runs of consecutive rows into the page cache, where it can be told to."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        row_bytes = self._rows.strides[0]
+        with self.path.open("rb", buffering=0) as file:
+            for start, stop in self._runs(indices):
+                offset = self._offset + int(indices[start]) * row_bytes
+                os.posix_fadvise(file.fileno(), offset, int(stop - start) * row_bytes, os.POSIX_FADV_WILLNEED)
+
+    def _runs(self, indices: np.ndarray) -> list[tuple[int, int]]:
+        """Where runs of consecutive rows start and stop in ``indices``; none if they are short."""
+        starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
+        if len(starts) * _RUN_BYTES > len(indices) * self._rows.strides[0]:
+            return []
+        return list(itertools.pairwise([*starts, len(indices)]))
 
     def _fill(self, file: io.FileIO, out: memoryview) -> None:
         """Reads until ``out`` is full."""
@@ -137,6 +160,9 @@ class RecordShard:
             raise InputError(f"{self.path} is damaged ({_first_line(error)}); prepare it again") from error
         rows = np.stack([record[self._feature] for record in loaded]).reshape(len(records), -1, self.d)
         out[...] = rows[places, indices % self._per_record]
+
+    def announce(self, indices: np.ndarray) -> None:
+        """Nothing: records are read by a library with a read-ahead of its own."""
 
     def fingerprint(self) -> bytes:
         """The shape, the first and the last row."""

@@ -9,11 +9,11 @@ import numpy as np
 from jax_sae.data.order import BatchOrder
 from jax_sae.data.reader import ActivationSet
 
-# Reads in flight: a solid state disk is idle for most of the time with one.
-READERS = 8
+READERS = 8  # reads in flight: with one, a solid state disk is idle for most of the time
 
 Window = tuple[int, int]  # epoch, number of the window in it
-Loaded = tuple[np.ndarray, np.ndarray]  # rows in the order of the disk; for each place of the stream, where its row is
+Plan = tuple[np.ndarray, np.ndarray]  # rows to read, ascending; for each place of the stream, where its row is in them
+Loaded = tuple[np.ndarray, np.ndarray]  # the same with what was read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Share:
 class WindowReader:
     """Rows of one window at a time, in two buffers that are used in turn: fresh memory costs more than the copy.
 
-    One thread at a time may use it.
+    While one window is in use the next is read, and the system is told of the one after it, so that the disk never
+    waits. One thread at a time may use it.
 
     Args:
       activations: the set.
@@ -68,6 +69,8 @@ class WindowReader:
         self._spare, self._used = (np.empty((most, activations.d), activations.dtype) for _ in range(2))
         self._held: tuple[Window, Loaded] | None = None
         self._ahead: tuple[Window, Future[Loaded]] | None = None
+        self._planned: tuple[Window, Future[Plan]] | None = None
+        self._plans = ThreadPoolExecutor(1, "plans")
         self._turns = ThreadPoolExecutor(1, "windows")  # so a buffer that is being filled is waited for
         self._readers = ThreadPoolExecutor(READERS, "rows")
 
@@ -83,15 +86,30 @@ class WindowReader:
         return self._held[1]
 
     def _start(self, window: Window) -> tuple[Window, "Future[Loaded]"]:
-        return window, self._turns.submit(self._read, window, self._spare)
+        """Begins to read a window, and to announce the one that follows."""
+        if self._planned is not None and self._planned[0] == window:
+            plan = self._planned[1]
+        else:
+            plan = self._plans.submit(self._plan, window, announce=False)
+        reading = self._turns.submit(self._read, plan, self._spare)
+        following = self._share.following(window)
+        self._planned = None if following is None else (following, self._plans.submit(self._plan, following))
+        return window, reading
 
-    def _read(self, window: Window, buffer: np.ndarray) -> Loaded:
+    def _plan(self, window: Window, announce: bool = True) -> Plan:
         rows = self._share.rows(window)
         by_place = np.argsort(rows)
         find = np.empty_like(by_place)
         find[by_place] = np.arange(len(rows))
-        ascending, loaded = rows[by_place], buffer[: len(rows)]
-        bounds = np.linspace(0, len(rows), READERS + 1, dtype=int)
+        ascending = rows[by_place]
+        if announce:
+            self._activations.announce(ascending)
+        return ascending, find
+
+    def _read(self, plan: "Future[Plan]", buffer: np.ndarray) -> Loaded:
+        ascending, find = plan.result()
+        rows, loaded = len(ascending), buffer[: len(ascending)]
+        bounds = np.linspace(0, rows, READERS + 1, dtype=int)
         parts = [slice(low, high) for low, high in itertools.pairwise(bounds) if low < high]
         readings = [self._readers.submit(self._activations.take, ascending[part], loaded[part]) for part in parts]
         wait(readings)  # all of them, that none writes into a buffer given to another window after an error

@@ -5,7 +5,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -99,23 +99,31 @@ def test_two_windows_are_kept_and_every_row_is_read_once_an_epoch(activations, m
     np.testing.assert_array_equal(np.bincount(taken), np.full(97, 8))
 
 
-def test_the_next_window_is_read_while_one_is_in_use_and_no_more(activations, monkeypatch):
-    order, taken, read = BatchOrder(97, 8, 0, 4, 4), set(), threading.Event()
-    expected = {int(row) for window in (0, 1) for row in order.window(0, window)}
+def test_the_next_window_is_read_and_the_one_after_it_announced(activations, monkeypatch):
+    order, taken, announced = BatchOrder(97, 8, 0, 4, 4), set(), set()
     take = activations.take
 
     def watched(indices, out=None):
         taken.update(indices.tolist())
-        if taken >= expected:
-            read.set()
         return take(indices, out)
 
     monkeypatch.setattr(activations, "take", watched)
+    monkeypatch.setattr(activations, "announce", lambda indices: announced.update(indices.tolist()))
+    windows = [set(order.window(0, window).tolist()) for window in range(order.windows)]
     source = BatchSource(activations, order, 12)
-    source[0]
-    assert read.wait(10)
-    source[1]  # of the first window as well
-    assert taken == expected
+    for batch in (0, 1):  # both of the first window
+        source[batch]
+        wait_for(lambda: (taken, announced) == (windows[0] | windows[1], windows[1] | windows[2]))
+    for batch in range(2, 12):
+        source[batch]
+    assert taken | announced == set().union(*windows) and announced.isdisjoint(windows[0])
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_memory_and_threads_go_with_the_source(activations, monkeypatch):
@@ -132,10 +140,7 @@ def test_memory_and_threads_go_with_the_source(activations, monkeypatch):
         source[0], source[2]
         assert threading.active_count() > before and any(buffer() is not None for buffer in buffers)
         del source
-        until = time.monotonic() + 10
-        while any(buffer() is not None for buffer in buffers) or threading.active_count() > before:
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        wait_for(lambda: all(buffer() is None for buffer in buffers) and threading.active_count() <= before)
     finally:
         gc.enable()
 

@@ -106,6 +106,25 @@ def test_rows_go_where_out_is_even_if_it_has_gaps(tmp_path):
     assert not out[:, 1].any()
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be told")
+@pytest.mark.parametrize("removed", [[], [0, 11, 12]])
+def test_announced_are_the_bytes_of_the_rows(tmp_path, monkeypatch, removed):
+    activations = write(tmp_path, WIDE).without_rows(np.array(removed, np.int64))
+    announced = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda file, offset, size, _: announced.append(os.pread(file, size, offset))
+    )
+    indices = np.array([3, 4, 5, 9, 10, 11, 12, 13, 20, 26])
+    activations.announce(indices)
+    assert b"".join(announced) == np.delete(WIDE, removed, axis=0)[indices].tobytes()
+    assert len(announced) <= 8
+
+
+def test_short_scattered_rows_are_not_announced(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: pytest.fail("announced"), raising=False)
+    write(tmp_path).announce(np.arange(0, 30, 2))
+
+
 def test_reads_that_come_in_parts_are_put_together(tmp_path, monkeypatch):
     activations = write(tmp_path, WIDE)
 
