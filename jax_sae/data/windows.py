@@ -9,7 +9,7 @@ import numpy as np
 from jax_sae.data.order import BatchOrder
 from jax_sae.data.reader import ActivationSet
 
-READERS = 8  # reads in flight: with one, a solid state disk is idle for most of the time
+READERS = 2  # threads that copy rows from the page cache; that the disk is busy is the doing of what is announced
 
 Window = tuple[int, int]  # epoch, number of the window in it
 Plan = tuple[np.ndarray, np.ndarray]  # rows to read, ascending; for each place of the stream, where its row is in them
