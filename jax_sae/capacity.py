@@ -24,7 +24,7 @@ def capacity_limit(config: SAEConfig, platform: str | None = None) -> int | None
       platform: ``"cpu"``, ``"gpu"`` or ``"tpu"``; that of the default device when None.
     """
     share = _WORTHWHILE.get(platform or jax.default_backend(), _WORTHWHILE_ELSEWHERE)
-    paying = [capacity for capacity in CAPACITIES if _least(config) <= capacity <= share * config.n_concepts]
+    paying = [capacity for capacity in CAPACITIES if least_places(config) <= capacity <= share * config.n_concepts]
     return paying[-1] if paying else None
 
 
@@ -47,14 +47,13 @@ def choose_capacity(config: SAEConfig, stats: SAEStats, limit: int | None) -> Ca
     now, needs = Capacity(*np.asarray(stats.capacity).tolist()), np.asarray(stats.needs)
     steps = int(needs[0].sum())
     if steps == 0:
-        return now if now.row else Capacity(_rounded_up(4 * limit), limit)
+        return now if now.row else Capacity(min(4 * limit, CAPACITIES[-1]), limit)
     of_row, of_mean = _covering(needs[0], steps) + 1, _covering(needs[1], _COVERED * steps)
-    if of_mean >= len(CAPACITIES) or CAPACITIES[of_mean] > limit:
-        return None
-    wanted = Capacity(max(CAPACITIES[min(of_row, len(CAPACITIES) - 1)], _least(config)), CAPACITIES[of_mean])
-    wanted = wanted if wanted.row >= wanted.mean else Capacity(wanted.mean, wanted.mean)
-    if needs[0][-1] > (1 - _COVERED) * steps:
-        return None  # rows that no capacity holds
+    if of_mean >= len(CAPACITIES) or CAPACITIES[of_mean] > limit or needs[0][-1] > (1 - _COVERED) * steps:
+        return None  # it would not pay, or there are rows that no capacity holds
+    mean = CAPACITIES[of_mean]
+    row = CAPACITIES[bisect.bisect_left(CAPACITIES, max(least_places(config), mean))]
+    wanted = Capacity(max(row, CAPACITIES[min(of_row, len(CAPACITIES) - 1)]), mean)
     grows = wanted.row > now.row or wanted.mean > now.mean
     return wanted if grows or steps >= _ENOUGH_STEPS else now
 
@@ -64,10 +63,6 @@ def _covering(needs: np.ndarray, steps: float) -> int:
     return int(np.searchsorted(np.cumsum(needs), steps))
 
 
-def _least(config: SAEConfig) -> int:
-    """The selection of k needs k places."""
-    return _rounded_up(config.k if config.activation in ("topk", "batch_topk") else 1)
-
-
-def _rounded_up(places: int) -> int:
-    return CAPACITIES[min(bisect.bisect_left(CAPACITIES, places), len(CAPACITIES) - 1)]
+def least_places(config: SAEConfig) -> int:
+    """The places that a row has to have: topk keeps k in each."""
+    return config.k if config.activation in ("topk", "batch_topk") else 1

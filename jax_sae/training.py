@@ -20,8 +20,7 @@ from jax_sae.sae import (
     init_stats,
     sae_loss,
 )
-from jax_sae.sae.gradients import StepGradients, dense_gradients, mean_active, sparse_gradients
-from jax_sae.sae.modules import SAEOutput
+from jax_sae.sae.gradients import dense_gradients, mean_active, sparse_gradients
 from jax_sae.sae.stats import Capacity
 from jax_sae.sae.subset import CONCEPT_PARAMETERS
 
@@ -150,7 +149,11 @@ def train_step(
     gradients = all_mean(found.gradients)
     model, opt_state = _update(config, optimizer, state, gradients)
     stats = found.stats if capacity else dataclasses.replace(found.stats, capacity=jnp.zeros(2, jnp.int32))
-    metrics = {"loss": found.loss, **_terms_to_report(found.terms), **_forward_metrics(config, found, batch)}
+    metrics = {
+        "loss": found.loss,
+        **_terms_to_report(found.terms),
+        **_forward_metrics(config, found.x_hat, found.active, batch),
+    }
     metrics = all_mean(metrics)
     metrics["grad_norm"] = optax.tree.norm(gradients)
     metrics["dead_fraction"] = jnp.mean(dead_concepts(config, stats), dtype=jnp.float32)
@@ -158,17 +161,16 @@ def train_step(
     return TrainState(step=state.step + 1, model=model, opt_state=opt_state, stats=stats), metrics
 
 
-def _forward_metrics(config: SAEConfig, found: SAEOutput | StepGradients, x: jax.Array) -> Metrics:
+def _forward_metrics(config: SAEConfig, x_hat: jax.Array, active: jax.Array, x: jax.Array) -> Metrics:
     """Scalars of one batch: ``fvu`` (ddof 1), ``l0`` (fraction of zeros), ``active`` (count), means over rows.
 
     A constant row has no FVU and is left out of its mean.
     """
     x = x.astype(jnp.float32)
-    unexplained = jnp.var(x - found.x_hat, axis=-1, ddof=1)
+    unexplained = jnp.var(x - x_hat, axis=-1, ddof=1)
     variance = jnp.var(x - x[:, :1], axis=-1, ddof=1)  # exactly 0 for a constant row, whatever its value
     varies = variance > 0
     fvu = jnp.where(varies, unexplained / jnp.where(varies, variance, 1.0), 0.0)
-    active = found.active if isinstance(found, StepGradients) else mean_active(found.activations)
     return {
         "fvu": jnp.sum(fvu) / jnp.maximum(jnp.sum(varies), 1),
         "active": active,
@@ -179,7 +181,7 @@ def _forward_metrics(config: SAEConfig, found: SAEOutput | StepGradients, x: jax
 def eval_step(config: SAEConfig, model: SparseAutoencoder, stats: SAEStats, x: jax.Array) -> Metrics:
     """``loss``, ``fvu``, ``active`` and ``l0`` of ``x [B, d_in]``, as :func:`train_step` has them; changes nothing."""
     loss, (output, _) = sae_loss(model, stats, x, step=config.sparsity_warmup_steps, training=False)
-    return {"loss": loss, **_forward_metrics(config, output, x)}
+    return {"loss": loss, **_forward_metrics(config, output.x_hat, mean_active(output.activations), x)}
 
 
 def _terms_to_report(terms: Metrics) -> Metrics:

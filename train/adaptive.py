@@ -52,14 +52,12 @@ class AdaptiveStep:
         return self._compiled[self.capacity](state, *arguments)
 
     def _looks(self, step: int) -> bool:
-        """Whether one of the looks falls into the steps of this call.
+        """Whether one of the looks, or the call after one, falls into the steps of this call.
 
-        After every regular look there is a second one a call later, for runs that go on densely: there the first only
-        lets one call measure what is needed.
+        The second look is for runs that go on densely: there the first only lets one call measure what is needed.
         """
-        last = step - step % _LOOK_EVERY
-        marks = (*_LOOKS, last, last + self._every, last + _LOOK_EVERY)
-        return any(step <= mark < step + self._every for mark in marks)
+        looks = (*_LOOKS, step - step % _LOOK_EVERY, step - step % _LOOK_EVERY + _LOOK_EVERY)
+        return any(step - self._every <= look < step + self._every for look in looks)
 
     def _look(self, state: TrainState) -> TrainState:
         needs, capacity = jax.device_get((state.stats.needs, state.stats.capacity))

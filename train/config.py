@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from jax_sae import InputError, Preset, SAEConfig
+from jax_sae.capacity import least_places
 from jax_sae.data import ActivationSet
 
 # Chosen from 2e-3, 4e-3 and 8e-3 on short runs on two layers: benchmarks/results/learning_rates.md.
@@ -180,6 +181,11 @@ def resolve(config: TrainConfig, activations: ActivationSet) -> ResolvedConfig:
     total_rows = config.steps * config.batch_size
     overrides.setdefault("dead_after_rows", max(1, min(10_000_000, total_rows // 8)))
     sae = SAEConfig.preset(config.preset, activations.d, n_concepts, **overrides)
+    if isinstance(config.capacity, int) and config.capacity < least_places(sae):
+        raise InputError(
+            f"--capacity is {config.capacity} but {config.preset} keeps k = {sae.k} concepts of a row; "
+            "use at least as many places, or auto"
+        )
     train = dataclasses.replace(
         config,
         n_concepts=n_concepts,

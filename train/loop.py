@@ -136,10 +136,10 @@ class _Loop:
             print(stopped(stop[0], self._step, config.steps, self._workdir))
 
     def _note_capacity(self, capacity: Capacity | None) -> None:
-        """Logs a change of the places for active concepts, 0 for the dense step: the step was compiled anew."""
+        """Logs, with the first step of it, a change of the places for active concepts; 0 for the dense step."""
         if capacity != self._capacity:
             row, mean = capacity or (0, 0)
-            self._log.write({"step": self._step, "capacity_row": row, "capacity_mean": mean})
+            self._log.write({"step": self._step + 1, "capacity_row": row, "capacity_mean": mean})
             self._capacity = capacity
 
     def _batches(self) -> Generator[jax.Array]:

@@ -22,7 +22,7 @@ class Places:
     """The concepts of every row that may be active. Nothing in it has a derivative.
 
     Attributes:
-      indices: [B, K] int32, the used places first, M in the others.
+      indices: [B, K] int32, the used places first; M or above in the others.
       products: [B, K] ``query . key``; of no use in unused places.
       used: [B] int32, places of the row that are in use.
       count: [B] int32, concepts of the row that may be active. Where it is above K, some have no place.
@@ -34,12 +34,10 @@ class Places:
     count: jax.Array
 
     def narrow(self, kept: jax.Array) -> "Places":
-        """Only the places where ``kept [B, K]``, in the order they have."""
-        width = self.indices.shape[-1]
-        positions, used = compact(kept, width)
-        positions = jnp.sort(positions, axis=-1)
-        unused = jnp.iinfo(jnp.int32).max
-        indices = jnp.take_along_axis(self.indices, positions, axis=-1, mode="fill", fill_value=unused)
+        """Only the used places where ``kept [B, K]``, in no particular order."""
+        positions, used = compact(kept & (jnp.arange(kept.shape[-1])[None, :] < self.used[:, None]), kept.shape[-1])
+        none = jnp.iinfo(jnp.int32).max
+        indices = jnp.take_along_axis(self.indices, positions, axis=-1, mode="fill", fill_value=none)
         products = jnp.take_along_axis(self.products, positions, axis=-1, mode="fill", fill_value=0)
         return Places(indices, products, used, self.count)
 
@@ -63,7 +61,6 @@ def find_places(
       candidates: from products [B, M] to bool [B, M], True for every concept that may be active.
       capacity: K, places per row.
       ascending: whether the places of a row have to be in the order of the concepts.
-
     """
     products = jax.lax.stop_gradient(query) @ jax.lax.stop_gradient(keys).T
     indices, count = compact(candidates(products), capacity)
@@ -73,7 +70,6 @@ def find_places(
     return Places(indices, found, jnp.minimum(count, capacity), count)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def bottleneck(
     activate: Activate,
     group_sizes: tuple[int, ...],
@@ -81,8 +77,7 @@ def bottleneck(
     query: jax.Array,
     keys: jax.Array,
     values: jax.Array | None,
-    indices: jax.Array,
-    products: jax.Array,
+    places: Places,
     blocks: Blocks,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Activations and their decoding, over given places.
@@ -96,10 +91,9 @@ def bottleneck(
       keys: [M, d].
       values: [M, d] rows that activations are multiplied by; None where they are the keys, whose two gradients are
         then added up in one array.
-      indices: [B, K] int32 places, from :func:`find_places`.
-      products: [B, K] ``query . key`` at these places. They are taken as the function of ``query`` and ``keys``
-        that they are, and get no gradient of their own.
-      blocks: of these places, all that are needed.
+      places: from :func:`find_places`. Their products are taken as the function of ``query`` and ``keys`` that they
+        are.
+      blocks: of these places, all that are in use.
 
     Returns:
       y: [B, G, d], for every group the sum over its concepts of activation times value.
@@ -108,47 +102,44 @@ def bottleneck(
 
     Derivatives: reverse mode, exact over the places; nothing of size [B, M] or [B, K, d] is formed.
     """
-    return _forward(activate, group_sizes, extras, query, keys, values, indices, products, blocks)[0]
+    return _bottleneck(activate, group_sizes, extras, (query, keys, values), (places, blocks))
+
+
+Outputs = tuple[jax.Array, jax.Array, jax.Array]
+Factors = tuple[jax.Array, jax.Array, jax.Array | None]
+Where = tuple[Places, Blocks]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _bottleneck(activate: Activate, sizes: tuple[int, ...], extras: Any, factors: Factors, where: Where) -> Outputs:
+    return _forward(activate, sizes, extras, factors, where)[0]
 
 
 def _forward(
-    activate: Activate,
-    group_sizes: tuple[int, ...],
-    extras: Any,
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array | None,
-    indices: jax.Array,
-    products: jax.Array,
-    blocks: Blocks,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple]:
-    (scores, activations), pull_back = jax.vjp(activate, extras, products)
-    y = combine_rows(_by_group(activations, indices, group_sizes), blocks, keys if values is None else values)
-    return (y, scores, activations), (pull_back, query, keys, values, indices, blocks, activations)
+    activate: Activate, sizes: tuple[int, ...], extras: Any, factors: Factors, where: Where
+) -> tuple[Outputs, tuple]:
+    (_, keys, values), (places, blocks) = factors, where
+    (scores, activations), pull_back = jax.vjp(activate, extras, places.products)
+    y = combine_rows(_by_group(activations, places.indices, sizes), blocks, keys if values is None else values)
+    return (y, scores, activations), (pull_back, factors, places.indices, blocks, activations)
 
 
-def _backward(
-    activate: Activate, group_sizes: tuple[int, ...], residuals: tuple, cotangents: tuple[jax.Array, ...]
-) -> tuple:
-    pull_back, query, keys, values, indices, blocks, activations = residuals
+def _backward(activate: Activate, sizes: tuple[int, ...], residuals: tuple, cotangents: Outputs) -> tuple:
+    pull_back, (query, keys, values), indices, blocks, activations = residuals
     dy, dscores, dactivations = cotangents
     products = dot_rows(dy, blocks, keys if values is None else values, indices.shape[-1])
-    spread = _by_group(jnp.ones_like(activations), indices, group_sizes)
-    dactivations = dactivations + jnp.sum(products * spread, axis=1)
-    dextras, dproducts = pull_back((dscores, dactivations))
+    in_group = _by_group(jnp.ones_like(activations), indices, sizes)
+    dextras, dproducts = pull_back((dscores, dactivations + jnp.sum(products * in_group, axis=1)))
     dquery = combine_rows(dproducts[:, None], blocks, keys)[:, 0]
-    by_keys, by_values = (dproducts[:, None], query[:, None]), (_by_group(activations, indices, group_sizes), dy)
+    of_keys, of_values = (dproducts[:, None], query[:, None]), (_by_group(activations, indices, sizes), dy)
     if values is None:
-        weights, rows = (jnp.concatenate(both, axis=1) for both in zip(by_keys, by_values, strict=True))
-        dkeys, dvalues = accumulate_rows(weights, blocks, rows, keys.shape[0]), None
-    else:
-        dkeys, dvalues = (
-            accumulate_rows(weights, blocks, rows, keys.shape[0]) for weights, rows in (by_keys, by_values)
-        )
-    return dextras, dquery, dkeys, dvalues, None, jnp.zeros_like(dproducts), None
+        weights, rows = (jnp.concatenate(both, axis=1) for both in zip(of_keys, of_values, strict=True))
+        return dextras, (dquery, accumulate_rows(weights, blocks, rows, len(keys)), None), None
+    dkeys, dvalues = (accumulate_rows(weights, blocks, rows, len(keys)) for weights, rows in (of_keys, of_values))
+    return dextras, (dquery, dkeys, dvalues), None
 
 
-bottleneck.defvjp(_forward, _backward)
+_bottleneck.defvjp(_forward, _backward)
 
 
 def _by_group(weights: jax.Array, indices: jax.Array, group_sizes: tuple[int, ...]) -> jax.Array:

@@ -107,7 +107,7 @@ def _gradients_at(
     axis_name: str | None,
 ) -> StepGradients:
     def loss_at_places(model: SparseAutoencoder) -> tuple[jax.Array, tuple[SAEOutput, dict[str, jax.Array]]]:
-        output = model.at_places(x, stats, *places, axis_name=axis_name)
+        output = model.at_places(x, stats, *places)
         terms = main_terms(model, output, step, row_weights=row_weights, axis_name=axis_name)
         return sum(terms.values(), jnp.float32(0)), (output, terms)
 

@@ -143,7 +143,7 @@ def gate_loss(model: SparseAutoencoder, output: SAEOutput) -> jax.Array:
     """
     rows, bias = (jax.lax.stop_gradient(w[...]) for w in (model.W_dec, model.b_dec))
     gates = jax.nn.relu(output.scores)
-    if output.indices is None or output.blocks is None:
+    if output.indices is None or output.blocks is None:  # they are None together
         decoded = gates @ rows
     else:
         decoded = decode_places(gates, output.indices, output.blocks, rows)

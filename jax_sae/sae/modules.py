@@ -31,7 +31,8 @@ class SAEOutput:
       norm: [..., 1] what the normalised input is multiplied by to give back the centred one.
       y: [..., d_in] reconstruction of ``normalized``; ``x_hat = norm * y + mean``.
       parts: [..., G, d_in] what each of ``config.group_sizes`` adds to ``y``; ``b_dec`` is in none of them.
-      indices: None, or over places [..., K] int32, the concept that each stands for, M in unused places.
+      indices: None, or over places [..., K] int32, the concept that each stands for, M or above in
+        unused places.
       blocks: None, or over places the blocks of those in use.
     """
 
@@ -165,55 +166,38 @@ class SparseAutoencoder(nnx.Module):
         query = self.query(self.normalize(x, stats)[0])
         ascending = self.config.activation == "topk"  # among equal scores the first are kept
         places = find_places(query, self.keys(), may_be_active, k, ascending=ascending)
-        kept = keep(selection, self._scores_at(places.indices, places.products, stats)[1])
+        used = places.indices < self.config.n_concepts
+        silenced = ~used | self._silenced(stats, 2, places.indices)
+        scores = place_scores(places.products, self._parameters(2, places.indices), silenced)
+        kept = keep(selection, jnp.where(used, scores, -jnp.inf))
         return places if kept is None else places.narrow(kept)
 
-    def _scores_at(self, indices: jax.Array, products: jax.Array, stats: SAEStats) -> tuple[jax.Array, jax.Array]:
-        """[B, K] scores over places, with 0 and with -inf in unused places."""
-        used = indices < self.config.n_concepts
-        silenced = ~used | self._silenced(stats, 2, indices)
-        scores = place_scores(products, self._parameters(2, indices), silenced)
-        return scores, jnp.where(used, scores, -jnp.inf)
-
-    def at_places(
-        self, x: jax.Array, stats: SAEStats, places: Places, blocks: Blocks, *, axis_name: str | None = None
-    ) -> SAEOutput:
-        """:meth:`__call__` in training, over places that hold all candidates of every row: the same numbers.
+    def at_places(self, x: jax.Array, stats: SAEStats, places: Places, blocks: Blocks) -> SAEOutput:
+        """:meth:`__call__` in training, over places that hold what is active in every row: the same numbers.
 
         Args:
           x: [B, d_in] rows.
           stats: see :class:`SAEStats`.
           places: from :meth:`find_places`.
           blocks: of these places, all that are in use.
-          axis_name: see :meth:`__call__`.
 
         Returns:
           SAEOutput over places.
         """
         config, indices = self.config, places.indices
         used = indices < config.n_concepts
-        kept = keep(Selection(config, stats, True, axis_name), self._scores_at(indices, places.products, stats)[1])
 
         def scores_and_activations(extras: tuple, products: jax.Array) -> tuple[jax.Array, jax.Array]:
-            parameters, silenced, kept = extras
+            parameters, silenced, used = extras
             scores = place_scores(products, parameters, silenced)
             compared = jnp.where(used, scores, -jnp.inf) if config.values == "probabilities" else scores
-            return scores, activate(config, compared, kept, parameters)
+            return scores, activate(config, compared, used, parameters)
 
         u, norm = self.normalize(x, stats)
-        kept = used if kept is None else used & kept
-        extras = self._parameters(2, indices), ~used | self._silenced(stats, 2, indices), kept
+        extras = self._parameters(2, indices), ~used | self._silenced(stats, 2, indices), used
         values = None if config.encoder == "attention" else self.W_dec[...]
         parts, scores, activations = bottleneck(
-            scores_and_activations,
-            config.group_sizes,
-            extras,
-            self.query(u),
-            self.keys(),
-            values,
-            indices,
-            places.products,
-            blocks,
+            scores_and_activations, config.group_sizes, extras, self.query(u), self.keys(), values, places, blocks
         )
         if config.encoder == "attention":
             parts = parts @ self.W_V[...]

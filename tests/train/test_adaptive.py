@@ -3,13 +3,17 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jax_sae import Capacity, SAEConfig, capacity_limit, choose_capacity, init_stats
-from jax_sae.sae.stats import CAPACITIES
+import jax_sae
+from jax_sae import Capacity, InputError, SAEConfig, capacity_limit, choose_capacity, init_stats
+from jax_sae.sae.stats import CAPACITIES, needs_of
 from tests.train.application import records
 from tests.train.test_loop import SMALL, assert_identical
+from train.adaptive import AdaptiveStep
 from train.config import TrainConfig, resolve
 from train.loop import train
 from train.run import load_run, open_data, survey
@@ -33,8 +37,43 @@ def whole_run(rows_file, tmp_path_factory):
 
 def test_a_run_takes_the_places_that_it_needs_and_logs_them(whole_run):
     changes = [line for line in records(whole_run) if "capacity_row" in line]
-    assert [(line["step"], line["capacity_mean"]) for line in changes] == [(0, 64), (10, 32)]
+    assert [(line["step"], line["capacity_mean"]) for line in changes] == [(1, 64), (11, 32)]
     assert all(line["dense"] == 0 for line in records(whole_run) if "dense" in line)
+
+
+def test_a_capacity_that_k_does_not_fit_in_is_refused(rows_file, tmp_path):
+    with pytest.raises(InputError, match="--capacity is 8 but topk keeps k = 32"):
+        train(config(rows_file, tmp_path / "refused", capacity=8))
+
+
+class Steps:
+    """Stands for compiled steps: every capacity has its own, which needs too many places for all but some steps."""
+
+    def __init__(self, fitting):
+        self.fitting, self.taken = fitting, []
+
+    def compiled_for(self, capacity):
+        def step(state):
+            self.taken.append(capacity)
+            fullest = 32 if len(self.taken) in self.fitting else 4096
+            needs = state.stats.needs + (0 if capacity is None else needs_of(jnp.int32(fullest), jnp.int32(fullest)))
+            now = jnp.array(capacity or (0, 0), jnp.int32)
+            return dataclasses.replace(state, stats=dataclasses.replace(state.stats, needs=needs, capacity=now)), {}
+
+        return step
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_dense_run_looks_with_one_call_and_becomes_sparse_when_that_pays(every):
+    steps = Steps(fitting=range(150 // every, 1000))
+    state = jax_sae.init_train_state(SPARSEMAX, optax.sgd(0.0), jax.random.key(0))
+    arguments = dict(asked="auto", limit=capacity_limit(SPARSEMAX, "cpu"), steps_per_call=every)
+    adaptive = AdaptiveStep(SPARSEMAX, steps.compiled_for, state, **arguments)
+    for step in range(0, 240, every):
+        state, _ = adaptive(step, state)
+    looked = [i * every for i, capacity in enumerate(steps.taken) if capacity is not None]
+    assert looked[:4] == [step - step % every for step in (0, 10, 30, 100)]
+    assert looked[4:] == list(range(200, 240, every))
 
 
 def test_the_sparse_run_trains_as_the_dense_one(whole_run, rows_file, tmp_path):
