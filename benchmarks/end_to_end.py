@@ -47,7 +47,7 @@ from benchmarks.train_step import (
     rates_at,
     settled_capacity,
 )
-from jax_sae import SAEConfig, jit_train_step, keep_freed_memory
+from jax_sae import SAEConfig, jit_train_step
 from jax_sae.data import ActivationSet, load_batches
 from train.config import Overrides, TrainConfig
 from train.loop import train
@@ -264,10 +264,7 @@ def main(
       peers: run PyTorch's too.
       json: folder for the JSON in place of benchmarks/results.
     """
-    keep_freed_memory()
-    if peers:
-        torch_steps.let_threads_sleep()
-        torch_steps.report_missing("torch", "sae_lens", "dictionary_learning")
+    torch_steps.prepare(*("torch", "sae_lens", "dictionary_learning") if peers else ())
     named = SHAPES[shape]
     size = Shape(batch_size or named.rows, named.d, named.concepts)
     sae = SAEConfig.preset("topk", size.d, size.concepts, k=k, dead_after_rows=NEVER_DEAD)

@@ -36,7 +36,7 @@ from benchmarks.train_step import (
     settled_capacity,
     stepping,
 )
-from jax_sae import SAEConfig, jit_train_step, keep_freed_memory, sparsemax_threshold
+from jax_sae import SAEConfig, jit_train_step, sparsemax_threshold
 
 CONCEPTS = (*(3072 * 2**i for i in range(9)), 1_048_576)
 ROWS = tuple(32 * 2**i for i in range(10))
@@ -228,9 +228,7 @@ def main(
       memory_gb: what the arrays of a point may take.
       json: folder for the JSON and the picture in place of benchmarks/results.
     """
-    keep_freed_memory()
-    torch_steps.let_threads_sleep()
-    torch_steps.report_missing("entmax", "torch", "matplotlib")
+    torch_steps.prepare("entmax", "torch", "matplotlib")
     chosen = [sweep for sweep in sweeps(d) if not only or sweep.name in only]
     curves = [measure_sweep(sweep, rounds=rounds, seconds=seconds, gigabytes=memory_gb) for sweep in chosen]
     skipped = tuple(row for curve in curves for row in curve.skipped)

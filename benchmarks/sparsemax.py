@@ -22,7 +22,7 @@ from benchmarks import torch_steps
 from benchmarks.harness import Table, machine_rates, measure, tabulate
 from benchmarks.results import publish
 from benchmarks.shapes import SHAPES
-from jax_sae import keep_freed_memory, sparsemax, sparsemax_threshold
+from jax_sae import sparsemax, sparsemax_threshold
 
 Candidates = dict[str, Callable[[], Any]]
 
@@ -111,10 +111,8 @@ def main(
       dtype: of the scores.
       rounds: timings of each candidate.
     """
-    keep_freed_memory()
-    torch_steps.let_threads_sleep()
+    torch_steps.prepare("entmax", "torch")
     rates = machine_rates()
-    torch_steps.report_missing("entmax", "torch")
     tables = []
     for name in shapes:
         z = example_scores((SHAPES[name].rows, SHAPES[name].concepts), scale, dtype)

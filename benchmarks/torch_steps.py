@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_sae import SAEConfig
+from jax_sae import SAEConfig, keep_freed_memory
 
 Parameters = Mapping[str, np.ndarray]
 TorchStep = Callable[[Any], float]
@@ -24,18 +24,16 @@ def missing(*packages: str) -> list[str]:
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
-def report_missing(*packages: str) -> None:
-    """Says which peers a benchmark leaves out."""
+def prepare(*packages: str) -> None:
+    """First thing in a benchmark: keeps freed memory, for all candidates, and says which peers are left out.
+
+    Torch's threads, if it is imported later, sleep while they wait, as JAX's do. By default they spin, which on few
+    cores keeps a core from the thread that they wait for: a step of 1 ms took 180.
+    """
+    keep_freed_memory()
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in missing(*packages):
         print(f"{name} is not installed: left out")
-
-
-def let_threads_sleep() -> None:
-    """To be called before torch is imported: its threads then sleep while they wait, as JAX's do.
-
-    By default they spin, which on few cores keeps a core from the thread that they wait for: a step of 1 ms took 180.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def torch_device() -> str:

@@ -43,7 +43,6 @@ from jax_sae import (
     choose_capacity,
     init_train_state,
     jit_train_step,
-    keep_freed_memory,
 )
 
 LEARNING_RATE = 1e-6
@@ -277,10 +276,7 @@ def main(
       peers: time PyTorch's too.
       json: folder for the JSON in place of benchmarks/results.
     """
-    keep_freed_memory()
-    if peers:
-        torch_steps.let_threads_sleep()
-        torch_steps.report_missing("torch", "sae_lens", "dictionary_learning")
+    torch_steps.prepare(*("torch", "sae_lens", "dictionary_learning") if peers else ())
     rates = rates_at([SHAPES[name] for name in shapes])
     results = [
         step_table(case, name, SHAPES[name], rounds=rounds, peers=peers, rates=rates)

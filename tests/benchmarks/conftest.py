@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmarks import end_to_end, growth, sparsemax, train_step
+from benchmarks import bottleneck, torch_steps
 
 
 @pytest.fixture(autouse=True)
 def memory_is_given_back(monkeypatch):
-    for benchmark in (end_to_end, growth, sparsemax, train_step):
+    for benchmark in (bottleneck, torch_steps):
         monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: True)
