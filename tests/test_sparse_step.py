@@ -83,6 +83,16 @@ def test_sparse_and_dense_agree(name):
     assert sparse.stats.capacity.tolist() == [M, M] and sparse.stats.needs.sum() == 2
 
 
+@pytest.mark.parametrize("name", ["sparsemax", "topk"])
+def test_sparse_and_dense_agree_on_rounded_scores(name):
+    _, state, _, x = make(name, score_dtype="bfloat16")
+    dense, sparse = both(state, x, (M, M))
+    assert not sparse.dense
+    assert_equal(dense, sparse)
+    exact, _ = both(make(name, score_dtype="float32")[1], x, (M, M))
+    assert abs(float(dense.loss) / float(exact.loss) - 1) > 1e-5  # the setting does something
+
+
 @pytest.mark.parametrize("name", ["sparsemax", "entmax", "topk", "batch_topk", "matryoshka_batch_topk"])
 def test_sparse_and_dense_agree_where_group_maxima_bound_the_rows(name):
     """A dictionary larger than twice the number of groups, and not a multiple of it."""

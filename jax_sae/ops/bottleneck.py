@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_sae.ops.compaction import compact
+from jax_sae.ops.products import ScoreDtype, score_products
 from jax_sae.ops.rows import Blocks, accumulate_rows, combine_rows, dot_rows
 
 
@@ -52,6 +53,7 @@ def find_places(
     capacity: int,
     *,
     ascending: bool = False,
+    dtype: ScoreDtype = "auto",
 ) -> Places:
     """The concepts of every row that may be active, and their products with its query: the dense matrix product.
 
@@ -61,8 +63,9 @@ def find_places(
       candidates: from products [B, M] to bool [B, M], True for every concept that may be active.
       capacity: K, places per row.
       ascending: whether the places of a row have to be in the order of the concepts.
+      dtype: of :func:`jax_sae.ops.score_products`.
     """
-    products = jax.lax.stop_gradient(query) @ jax.lax.stop_gradient(keys).T
+    products = score_products(jax.lax.stop_gradient(query), jax.lax.stop_gradient(keys), dtype)
     indices, count = compact(candidates(products), capacity)
     if ascending:
         indices = jnp.sort(indices, axis=-1)

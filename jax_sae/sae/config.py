@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jax_sae.errors import InputError
+from jax_sae.ops import ScoreDtype
 
 Preset = Literal[
     "sparsemax",
@@ -51,6 +52,9 @@ class SAEConfig:
       projection_rate: factor on the updates of ``W_Q``, ``W_K`` and ``W_V``. Adam moves every entry by about the
         learning rate: that moves a concept by about ``sqrt(d_in)`` times as much, but a projection, whose entries can
         move together, by up to ``d_in`` times as much.
+      score_dtype: what queries and keys are rounded to in their product, which is summed up in float32, as everything
+        else is computed; ``"auto"`` is bfloat16 on TPUs and GPUs and float32 on CPUs. The gradient is that of the exact
+        product.
       score_scale: factor on the scores; a smaller one starts sparsemax and entmax with more active concepts.
       center_input: subtract the data's mean from the input and add it back to the reconstruction.
       normalize_input: ``"unit_norm"`` divides every row by its own norm and multiplies the reconstruction
@@ -97,6 +101,7 @@ class SAEConfig:
     query_projection: bool = False
     attention_init: Literal["identity", "kaiming_uniform"] = "identity"
     projection_rate: float = 0.3
+    score_dtype: ScoreDtype = "auto"
     score_scale: float = 1.0
     center_input: bool = False
     normalize_input: Literal["none", "unit_norm", "mean_norm"] = "none"

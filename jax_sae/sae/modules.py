@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_sae.ops import Places, bottleneck, find_places
+from jax_sae.ops import Places, bottleneck, find_places, score_products
 from jax_sae.ops.rows import Blocks
 from jax_sae.sae.config import SAEConfig
 from jax_sae.sae.init import initial_parameters
@@ -165,7 +165,9 @@ class SparseAutoencoder(nnx.Module):
 
         query = self.query(self.normalize(x, stats)[0])
         ascending = self.config.activation == "topk"  # among equal scores the first are kept
-        places = find_places(query, self.keys(), may_be_active, k, ascending=ascending)
+        places = find_places(
+            query, self.keys(), may_be_active, k, ascending=ascending, dtype=self.config.score_dtype
+        )
         used = places.indices < self.config.n_concepts
         silenced = ~used | self._silenced(stats, 2, places.indices)
         scores = place_scores(places.products, self._parameters(2, places.indices), silenced)
@@ -263,7 +265,8 @@ class SparseAutoencoder(nnx.Module):
         keys = self.keys() if concepts is None else self.keys()[concepts]
         row = None if concepts is None else concepts.reshape((1,) * (u.ndim - 1) + concepts.shape)
         silenced = self._silenced(stats, u.ndim, row)
-        return place_scores(self.query(u) @ keys.T, self._parameters(u.ndim, row), silenced)
+        products = score_products(self.query(u), keys, self.config.score_dtype)
+        return place_scores(products, self._parameters(u.ndim, row), silenced)
 
     def select(
         self, scores: jax.Array, stats: SAEStats, *, training: bool = False, axis_name: str | None = None
