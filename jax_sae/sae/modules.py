@@ -165,9 +165,7 @@ class SparseAutoencoder(nnx.Module):
 
         query = self.query(self.normalize(x, stats)[0])
         ascending = self.config.activation == "topk"  # among equal scores the first are kept
-        places = find_places(
-            query, self.keys(), may_be_active, k, ascending=ascending, dtype=self.config.score_dtype
-        )
+        places = find_places(query, self.keys(), may_be_active, k, ascending=ascending, dtype=self.config.score_dtype)
         used = places.indices < self.config.n_concepts
         silenced = ~used | self._silenced(stats, 2, places.indices)
         scores = place_scores(places.products, self._parameters(2, places.indices), silenced)

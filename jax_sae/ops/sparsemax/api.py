@@ -1,7 +1,6 @@
 """The public sparsemax: any axis, any batch shape, masked, sharded, differentiable twice."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,12 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_sae.ops.dispatch import resolve
-from jax_sae.ops.sparsemax.xla import Threshold, compute_dtype, newton_threshold, sort_threshold
+from jax_sae.ops.sparsemax.solver import Solver, Threshold, compute_dtype
+from jax_sae.ops.sparsemax.xla import NEWTON, SORT
 
-_IMPLEMENTATIONS: dict[str, Callable[[jax.Array, str | None], Threshold]] = {
-    "xla": newton_threshold,
-    "sort": sort_threshold,
-}
+_IMPLEMENTATIONS = {"xla": NEWTON, "sort": SORT}
 
 
 def sparsemax(
@@ -171,9 +168,7 @@ _sparsemax.defvjp(_forward, _backward)
 def _sparsemax_with_jvp(
     z: jax.Array, where: jax.Array | None, axis_name: str | None, implementation: str | None
 ) -> jax.Array:
-    z = _masked(z, where)
-    top, tau, _ = _solver(implementation)(z, axis_name)
-    return jnp.maximum((z.astype(top.dtype) - top) - tau, 0).astype(z.dtype)
+    return _solver(implementation).project(_masked(z, where), axis_name)
 
 
 @_sparsemax_with_jvp.defjvp
@@ -200,7 +195,7 @@ def _project(p: jax.Array, vector: jax.Array, axis_name: str | None) -> jax.Arra
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _threshold(z: jax.Array, where: jax.Array | None, axis_name: str | None, implementation: str | None) -> Threshold:
-    return _solver(implementation)(_masked(z, where), axis_name)
+    return _solver(implementation).threshold(_masked(z, where), axis_name)
 
 
 @_threshold.defjvp
@@ -218,7 +213,7 @@ def _threshold_jvp(
     return (top, tau, count), (jnp.zeros_like(top), mean, jnp.zeros(count.shape, jax.dtypes.float0))
 
 
-def _solver(implementation: str | None) -> Callable[[jax.Array, str | None], Threshold]:
+def _solver(implementation: str | None) -> Solver:
     return resolve(implementation, _IMPLEMENTATIONS, default="xla")
 
 

@@ -1,12 +1,4 @@
-"""The threshold of sparsemax in plain JAX: the definition by sorting, and Newton's method without a sort.
-
-Both take rows ``z [B, M]`` of any float dtype with M >= 1 and give ``(top [B, 1], tau [B, 1], count [B, 1])``: the row
-maximum, the threshold relative to it, and the size of the support (int32), so that ``p = max((z - top) - tau, 0)``.
-``top`` and ``tau`` are float32, or float64 for float64 scores. Differences are formed after the maximum is
-subtracted, which keeps rows with a large offset exact. Entries of -inf have p = 0. A row with NaN, with +inf or with
-nothing but -inf has tau NaN and count 0. With ``axis_name`` the columns are sharded over that mapped axis, and the
-results are the same on all of it.
-"""
+"""Sparsemax in plain JAX: the definition by sorting, and Newton's method without a sort."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,19 +9,14 @@ from jax import lax
 
 from jax_sae.ops.compaction import compact
 from jax_sae.ops.maxima import group_maxima
+from jax_sae.ops.sparsemax.solver import Solver, Threshold, compute_dtype
 
-Threshold = tuple[jax.Array, jax.Array, jax.Array]
 Sums = tuple[jax.Array, jax.Array]
 Sweep = Callable[[jax.Array, jax.Array, jax.Array], Sums]
 
 _CHUNK = 128  # columns per step of the loop that XLA:CPU vectorises
 _GATHERED = 512  # scores of a row that are gathered on CPU
 _MAX_SWEEPS = 100
-
-
-def compute_dtype(z: jax.Array) -> jnp.dtype:
-    """float64 for float64 scores, float32 for all others."""
-    return jnp.dtype(jnp.float64 if z.dtype == jnp.float64 else jnp.float32)
 
 
 def sort_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
@@ -151,3 +138,14 @@ def _excess(z: jax.Array, anchor: jax.Array, tau: jax.Array) -> Sums:
     """max(z - anchor - tau, 0), which keeps NaN as ``max`` may not on CPU, and 1 where it is positive."""
     above = (z.astype(anchor.dtype) - anchor) - tau
     return jnp.where(above <= 0, 0, above), (above > 0).astype(anchor.dtype)
+
+
+def _project_by(
+    threshold: Callable[[jax.Array, str | None], Threshold], z: jax.Array, axis_name: str | None
+) -> jax.Array:
+    top, tau, _ = threshold(z, axis_name)
+    return jnp.maximum((z.astype(top.dtype) - top) - tau, 0).astype(z.dtype)
+
+
+SORT = Solver(sort_threshold, partial(_project_by, sort_threshold))
+NEWTON = Solver(newton_threshold, partial(_project_by, newton_threshold))
