@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_sae.ops.dispatch import resolve
+from jax_sae.ops.sparsemax.pallas_tpu import CHOSEN, PALLAS_TPU
 from jax_sae.ops.sparsemax.solver import Solver, Threshold, compute_dtype
 from jax_sae.ops.sparsemax.xla import NEWTON, SORT
 
-_IMPLEMENTATIONS = {"xla": NEWTON, "sort": SORT}
+_IMPLEMENTATIONS = {"xla": NEWTON, "sort": SORT, "pallas_tpu": PALLAS_TPU}
 
 
 def sparsemax(
@@ -214,7 +215,7 @@ def _threshold_jvp(
 
 
 def _solver(implementation: str | None) -> Solver:
-    return resolve(implementation, _IMPLEMENTATIONS, default="xla")
+    return CHOSEN if implementation is None else resolve(implementation, _IMPLEMENTATIONS, default="xla")
 
 
 def _masked(z: jax.Array, where: jax.Array | None) -> jax.Array:
