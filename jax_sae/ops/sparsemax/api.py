@@ -35,15 +35,16 @@ def sparsemax(
       where: boolean, broadcastable to ``z``; entries that are False take no part and get p = 0.
       axis_name: inside ``shard_map`` or ``pmap``, the mapped axis that ``axis`` is sharded over: a row is then the
         concatenation of its shards.
-      implementation: ``"xla"`` (Newton's method, no sort) or ``"sort"`` (the definition); None chooses. A name
-        is used or refused, it never falls back.
+      implementation: ``"xla"`` (Newton's method, no sort), ``"sort"`` (the definition) or ``"pallas_tpu"`` (Newton's
+        method as a TPU kernel: float32 and bfloat16, whole rows, on one device or inside ``shard_map``). A name is used
+        or refused, it never falls back. None takes the kernel where it may run, and ``"xla"`` elsewhere.
 
     Returns:
       p, shape and dtype of ``z`` (float32 for integers). A row with NaN, with +inf, or with nothing above -inf
       (``where`` False throughout) is NaN; entries of -inf get 0.
 
     Raises:
-      ValueError: the axis is empty or absent, or ``implementation`` is unknown.
+      ValueError: the axis is empty or absent, or ``implementation`` is unknown or does not take these scores.
 
     Derivatives: with the support S = {i: p_i > 0}, J = diag(s) - s s^T / |S|. An entry tied with tau is outside S: its
     derivative is 0, one of the subgradients there. Reverse mode keeps p and nothing else; reverse over reverse and
