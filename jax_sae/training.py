@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_sae.ops import reduce_apart
 from jax_sae.sae import (
     SAEConfig,
     SAEStats,
@@ -155,7 +156,7 @@ def train_step(
         **_forward_metrics(config, found.x_hat, found.active, batch),
     }
     metrics = all_mean(metrics)
-    metrics["grad_norm"] = optax.tree.norm(gradients)
+    metrics["grad_norm"] = reduce_apart(optax.tree.norm, state.step >= 0, gradients)
     metrics["dead_fraction"] = jnp.mean(dead_concepts(config, stats), dtype=jnp.float32)
     metrics["dense"] = found.dense.astype(jnp.float32)
     return TrainState(step=state.step + 1, model=model, opt_state=opt_state, stats=stats), metrics
@@ -193,23 +194,30 @@ def _update(
     config: SAEConfig, optimizer: optax.GradientTransformation, state: TrainState, grads: SparseAutoencoder
 ) -> tuple[SparseAutoencoder, optax.OptState]:
     """The optimizer's update: smaller for projections, and on the sphere of unit decoder rows, where configured."""
+    always = state.step >= 0
     if config.unit_norm_decoder:
         rows, grad = state.model.W_dec[...], grads.W_dec[...]
-        unit = _unit_rows(rows)
-        grads.W_dec[...] = grad - unit * jnp.sum(unit * grad, axis=-1, keepdims=True)
+        along = reduce_apart(_dots, always, rows, grad) / reduce_apart(_squared_norms, always, rows)
+        grads.W_dec[...] = grad - rows * along
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
     for name in ("W_Q", "W_K", "W_V"):
         if hasattr(updates, name):
             getattr(updates, name)[...] *= config.projection_rate
     model = optax.apply_updates(state.model, updates)
     if config.unit_norm_decoder:
-        model.W_dec[...] = _unit_rows(model.W_dec[...])
+        rows = model.W_dec[...]
+        model.W_dec[...] = rows / jnp.sqrt(reduce_apart(_squared_norms, always, rows))
     return model, opt_state
 
 
-def _unit_rows(rows: jax.Array) -> jax.Array:
-    norm = jnp.linalg.norm(rows, axis=-1, keepdims=True)
-    return rows / jnp.maximum(norm, jnp.finfo(rows.dtype).tiny)
+def _squared_norms(rows: jax.Array) -> jax.Array:
+    """[M, 1], never 0."""
+    return jnp.maximum(jnp.sum(rows**2, axis=-1, keepdims=True), jnp.finfo(rows.dtype).tiny)
+
+
+def _dots(rows: jax.Array, others: jax.Array) -> jax.Array:
+    """[M, 1] scalar products of rows."""
+    return jnp.sum(rows * others, axis=-1, keepdims=True)
 
 
 def jit_train_step(
