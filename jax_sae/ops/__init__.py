@@ -18,3 +18,4 @@ from jax_sae.ops.sparsemax import sparsemax_jvp as sparsemax_jvp
 from jax_sae.ops.sparsemax import sparsemax_threshold as sparsemax_threshold
 from jax_sae.ops.topk import batch_top_k_threshold as batch_top_k_threshold
 from jax_sae.ops.topk import top_k_mask as top_k_mask
+from jax_sae.ops.topk import top_k_threshold as top_k_threshold
