@@ -17,6 +17,7 @@ from jax_sae.ops.sparsemax.pallas_gpu import LINE, Plan
 Carry = TypeVar("Carry")
 
 _MAX_SWEEPS = 100
+_THREADS = 128  # of a warpgroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,17 @@ class _Row:
     def slot(self, chunk: jax.Array) -> jax.Array:
         return lax.rem(chunk, np.int32(self.plan.slots))
 
+    def start(self, chunk: jax.Array) -> jax.Array:
+        """The first column of ``chunk``."""
+        return jnp.minimum(chunk * self.plan.columns, self.plan.width - self.plan.columns)
+
     def copies(self, rows: Any, chunk: jax.Array) -> list[tuple[Any, Any]]:
         """(global memory, shared memory) of every copy that moves ``chunk`` of the row in ``rows``."""
         plan, slot = self.plan, self.slots.at[self.slot(chunk)]
-        start = jnp.minimum(chunk * plan.columns, plan.width - plan.columns)
         if plan.in_lines:
-            first = self.index * (plan.width // LINE) + lax.div(start, np.int32(LINE))
+            first = self.index * (plan.width // LINE) + lax.div(self.start(chunk), np.int32(LINE))
             return [(rows.at[pl.ds(first, plan.lines)], slot)]
-        first = self.index * plan.width + start
+        first = self.index * plan.width + self.start(chunk)
         return [(rows.at[pl.ds(first + line * LINE, LINE)], slot.at[line]) for line in range(plan.lines)]
 
     def fetch(self, chunk: jax.Array) -> None:
@@ -100,31 +104,54 @@ class _Row:
         if not plan.stays:
             self.fetch_first()
 
-        def over_block(chunk: jax.Array, block: jax.Array, _: None) -> None:
+        def over_chunk(chunk: jax.Array, _: None) -> None:
+            if not plan.stays:
+                plgpu.barrier_wait(self.arrived.at[self.slot(chunk)])
+            if plan.in_lines:
+                self._send(function, result, chunk)
+            else:
+                self._store(function, result, chunk)
+
+        _loop(plan.chunks, over_chunk, None)
+        if plan.in_lines:
+            plgpu.wait_smem_to_gmem(0)
+
+    def _send(self, function: Callable[[jax.Array], jax.Array], result: Any, chunk: jax.Array) -> None:
+        """``chunk`` is replaced in its slot and copied out of there."""
+        plan = self.plan
+
+        def over_block(block: jax.Array, _: None) -> None:
             place = self.slot(chunk), pl.ds(block * plan.block, plan.block)
             z = self.slots[place]
             self.slots[place] = function(z.astype(jnp.float32)).astype(z.dtype)
 
-        def over_chunk(chunk: jax.Array, _: None) -> None:
-            if not plan.stays:
-                plgpu.barrier_wait(self.arrived.at[self.slot(chunk)])
-            _loop(plan.lines // plan.block, partial(over_block, chunk), None)
-            plgpu.commit_smem()
-            if plan.overlap:  # the last chunk writes again what the one before it wrote
-                pl.when(chunk == plan.chunks - 1)(lambda: plgpu.wait_smem_to_gmem(0))
-            sent = self.copies(result, chunk)
-            for target, source in sent:
-                plgpu.copy_smem_to_gmem(source, target)
-            if not plan.stays:  # the chunk before this one has left its slot once only this one's copies are under way
-                plgpu.wait_smem_to_gmem(len(sent), wait_read_only=True)
-                self.fetch_after(chunk - 1)
+        _loop(plan.lines // plan.block, over_block, None)
+        plgpu.commit_smem()
+        if plan.overlap:  # the last chunk writes again what the one before it wrote
+            pl.when(chunk == plan.chunks - 1)(lambda: plgpu.wait_smem_to_gmem(0))
+        [(target, source)] = self.copies(result, chunk)
+        plgpu.copy_smem_to_gmem(source, target)
+        if not plan.stays:  # all but the copy just begun have left their slots
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            self.fetch_after(chunk - 1)
 
-        _loop(plan.chunks, over_chunk, None)
-        plgpu.wait_smem_to_gmem(0)
+    def _store(self, function: Callable[[jax.Array], jax.Array], result: Any, chunk: jax.Array) -> None:
+        """``chunk`` is stored from registers, one column to a thread: copies start only at multiples of 16 bytes."""
+        slot, first = self.slot(chunk), self.index * self.plan.width + self.start(chunk)
+
+        def over_piece(piece: jax.Array, _: None) -> None:
+            half = pl.ds(lax.rem(piece, np.int32(2)) * _THREADS, _THREADS)
+            z = self.slots[slot, lax.div(piece, np.int32(2)), half]
+            result[pl.ds(first + piece * _THREADS, _THREADS)] = function(z.astype(jnp.float32)).astype(z.dtype)
+
+        _loop(self.plan.columns // _THREADS, over_piece, None)
+        if not self.plan.stays:
+            plgpu.commit_smem()
+            self.fetch_after(chunk)
 
 
 def solve(z: jax.Array, plan: Plan, *, project: bool, interpret: Any = None) -> Any:
-    """Of rows z [B, M], B >= 1, as the plan has them: with ``project`` p [B, M], without it (top, tau, count), each [B].
+    """Of rows z [B, M], B >= 1, cut as planned: with ``project`` p [B, M], without it (top, tau, count), each [B].
 
     ``interpret`` is None, or the parameters of the interpreter that stands in for a GPU.
     """
