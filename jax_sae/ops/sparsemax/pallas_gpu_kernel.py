@@ -172,6 +172,9 @@ def solve(z: jax.Array, plan: Plan, *, project: bool, interpret: Any = None) -> 
         interpret=interpret,
     )
     out = call(z.reshape(flat))
+    axes = tuple(jax.typeof(z).manual_axis_type.varying)  # those of shard_map, which a kernel leaves out of its results
+    if axes:
+        out = lax.pcast(out, axes, to="varying")
     return out.reshape(z.shape) if project else out
 
 
