@@ -46,7 +46,7 @@ def test_is_one_kernel_without_spills_or_temporaries(built, name, what):
 def test_rows_of_odd_widths_move_by_no_copy_that_needs_aligned_addresses(built, name, what):
     _, report = built[f"{what} {name}"]
     copies = set(re.findall(r"cp\.async\.bulk[.\w]*\.(?:global|shared)[.:\w]*", report))
-    assert copies == {"cp.async.bulk.tensor.1d.shared::cta.global.mbarrier::complete_tx::bytes"}
+    assert copies and all(copy.startswith("cp.async.bulk.tensor.1d.") for copy in copies), copies
 
 
 @pytest.mark.parametrize("what", ["p", "threshold"])
