@@ -34,6 +34,7 @@ SHAPES = {
     "longest": ((4, 57_344), jnp.float32),
     "longest bfloat16": ((4, 114_688), jnp.bfloat16),
     "too long": ((2, 65_536), jnp.float32),
+    "just too long": ((2, 58_112), jnp.float32),  # all of the 227 KiB that a block of threads may have
     "short": ((5, 768), jnp.float32),
 }
 

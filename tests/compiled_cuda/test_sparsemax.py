@@ -10,7 +10,7 @@ import pytest
 from tests.compiled_cuda.build import SHAPES
 
 ODD = [name for name in SHAPES if name.startswith("odd")]
-STREAMED = ["streamed", "streamed bfloat16", "odd streamed", "too long"]
+STREAMED = ["streamed", "streamed bfloat16", "odd streamed", "too long", "just too long"]
 
 
 @pytest.fixture(scope="module", params=["h100", "b200"])
