@@ -98,7 +98,7 @@ def gpu_solver(memory: int = _MEMORY, interpret: Any = None) -> Solver:
     fewer than 256 columns, or the batch 2**31 scores or more, the scores are padded to such a multiple before and p is
     cut after, which adds a read and a write of each.
 
-    The compiler cannot split the kernel over devices by itself: call it inside ``shard_map``, each device with whole rows.
+    The compiler cannot split the kernel over devices by itself: call it inside ``shard_map``, on whole rows.
     Elsewhere than on a GPU it is refused when the program is compiled.
 
     Args:
