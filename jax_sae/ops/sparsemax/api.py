@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_sae.ops.dispatch import resolve
+from jax_sae.ops.sparsemax.pallas_gpu import PALLAS_GPU
 from jax_sae.ops.sparsemax.solver import Solver, Threshold, compute_dtype
 from jax_sae.ops.sparsemax.xla import NEWTON, SORT
 
-_IMPLEMENTATIONS = {"xla": NEWTON, "sort": SORT}
+_IMPLEMENTATIONS = {"xla": NEWTON, "sort": SORT, "pallas_gpu": PALLAS_GPU}
 
 
 def sparsemax(
