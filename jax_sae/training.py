@@ -136,8 +136,8 @@ def train_step(
 
     Returns:
       (state after the step, scalars float32: ``loss`` and its terms, ``fvu`` per sample, ``l0`` the fraction
-      of exact zeros, ``active`` the mean number of active concepts, ``dead_fraction``, ``grad_norm``,
-      ``dense``, 1 if the batch was computed densely).
+      of exact zeros, ``active`` the mean number of active concepts, ``dead_fraction``, ``grad_norm`` of the whole
+      gradient, ``dense``, 1 if the batch was computed densely).
     """
 
     def all_mean(tree: Any) -> Any:
@@ -148,6 +148,7 @@ def train_step(
     gradients_of = dense_gradients if capacity is None else functools.partial(sparse_gradients, capacity=capacity)
     found = gradients_of(state.model, state.stats, batch, state.step, row_weights=row_weights, axis_name=axis_name)
     gradients = all_mean(found.gradients)
+    grad_norm = reduce_apart(optax.tree.norm, state.step >= 0, gradients)
     model, opt_state = _update(config, optimizer, state, gradients)
     stats = found.stats if capacity else dataclasses.replace(found.stats, capacity=jnp.zeros(2, jnp.int32))
     metrics = {
@@ -156,7 +157,7 @@ def train_step(
         **_forward_metrics(config, found.x_hat, found.active, batch),
     }
     metrics = all_mean(metrics)
-    metrics["grad_norm"] = reduce_apart(optax.tree.norm, state.step >= 0, gradients)
+    metrics["grad_norm"] = grad_norm
     metrics["dead_fraction"] = jnp.mean(dead_concepts(config, stats), dtype=jnp.float32)
     metrics["dense"] = found.dense.astype(jnp.float32)
     return TrainState(step=state.step + 1, model=model, opt_state=opt_state, stats=stats), metrics
