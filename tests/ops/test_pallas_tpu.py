@@ -149,7 +149,9 @@ def test_vmapped_axes_become_rows_of_one_kernel():
     np.testing.assert_allclose(interpreted(jax.vmap(jax.vmap(f)), z), expected, atol=3e-7)
     np.testing.assert_allclose(interpreted(jax.vmap(f, in_axes=1, out_axes=1), z), expected, atol=3e-7)
     thresholds = jax.vmap(lambda z: sparsemax_threshold(z, **BY_KERNEL)[1], in_axes=2, out_axes=1)
-    counts = interpreted(jax.vmap(thresholds), z[..., None].swapaxes(2, 3).reshape(3, 1, 4, 150).swapaxes(2, 3)[:, :, :, :])
+    counts = interpreted(
+        jax.vmap(thresholds), z[..., None].swapaxes(2, 3).reshape(3, 1, 4, 150).swapaxes(2, 3)[:, :, :, :]
+    )
     assert counts.shape[0] == 3
 
 
@@ -182,6 +184,8 @@ def test_what_the_kernel_does_not_take_is_refused_by_name_and_passed_on_by_defau
 
 
 def test_integers_and_empty_batches_pass():
-    np.testing.assert_array_equal(interpreted(functools.partial(sparsemax, **BY_KERNEL), np.array([3, 3, 1])), [0.5, 0.5, 0])
+    np.testing.assert_array_equal(
+        interpreted(functools.partial(sparsemax, **BY_KERNEL), np.array([3, 3, 1])), [0.5, 0.5, 0]
+    )
     assert sparsemax(jnp.zeros((0, 5)), **BY_KERNEL).shape == (0, 5)
     assert sparsemax_threshold(jnp.zeros((3, 0, 5)), **BY_KERNEL)[1].shape == (3, 0)

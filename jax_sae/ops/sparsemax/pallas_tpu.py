@@ -82,7 +82,10 @@ def kernel_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
       ValueError: the kernel does not take ``z``, or the program is not for a TPU.
     """
     _check(z, axis_name)
-    return _threshold_by_kernel(z) if z.size else NEWTON.threshold(z, None)
+    if not z.size:
+        return NEWTON.threshold(z, None)
+    top, tau, count = _threshold_by_kernel(z)
+    return top, tau, count
 
 
 def kernel_project(z: jax.Array, axis_name: str | None = None) -> jax.Array:
@@ -103,7 +106,10 @@ def _check(z: jax.Array, axis_name: str | None) -> None:
 
 def threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
     """By the kernel where the program is for a TPU, which takes ``z`` and need not be split; by plain JAX elsewhere."""
-    return _threshold_anywhere(z) if _may_be_kernel(z, axis_name) else NEWTON.threshold(z, axis_name)
+    if not _may_be_kernel(z, axis_name):
+        return NEWTON.threshold(z, axis_name)
+    top, tau, count = _threshold_anywhere(z)
+    return top, tau, count
 
 
 def project(z: jax.Array, axis_name: str | None = None) -> jax.Array:

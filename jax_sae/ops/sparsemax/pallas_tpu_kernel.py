@@ -2,8 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax_sae.ops.sparsemax.solver import Threshold
 
 Sums = tuple[jax.Array, jax.Array]
-Step = Callable[[pl.Slice, jax.Array, jax.Array], jax.Array]
+Carry = TypeVar("Carry")
 
 _LANES = 128
 _BLOCK_BYTES = 1 << 20  # of scores in a block of rows; smaller ones leave the memory idle between two transfers
@@ -40,7 +40,7 @@ class Blocks(NamedTuple):
     chunk: int
 
 
-def choose_blocks(shape: tuple[int, int], dtype: jnp.dtype) -> Blocks:
+def choose_blocks(shape: tuple[int, ...], dtype: jnp.dtype) -> Blocks:
     """Blocks of 8 rows (16 of two-byte scores), of up to 64 where rows are short."""
     batch, width = shape
     rows = 32 // dtype.itemsize
@@ -64,7 +64,7 @@ def threshold_call(z: jax.Array, *, buffers: int) -> Threshold:
 
 
 def project_call(z: jax.Array) -> jax.Array:
-    """p of ``z [B, M]``, float32 or bfloat16, B and M >= 1, of the same shape and dtype."""
+    """The p of ``z [B, M]``, float32 or bfloat16, B and M >= 1, of the same shape and dtype."""
     block = _block_shape(z)
     (p,) = _call(_project_kernel, z, [(z.shape, z.dtype)], block, buffers=2, name="sparsemax_tpu")
     return p
@@ -78,7 +78,7 @@ def _block_shape(z: jax.Array) -> tuple[int, int]:
 def _call(
     kernel: Callable[..., None],
     z: jax.Array,
-    outputs: list[tuple[tuple[int, int], Any]],
+    outputs: Sequence[tuple[tuple[int, ...], Any]],
     output_block: tuple[int, int],
     *,
     buffers: int,
@@ -98,34 +98,30 @@ def _call(
         grid=(pl.cdiv(len(z), block[0]),),
         in_specs=[pl.BlockSpec(block, of_rows, pipeline_mode=mode)],
         out_specs=[pl.BlockSpec(output_block, of_rows) for _ in outputs],
-        cost_estimate=pl.CostEstimate(
-            flops=_OPERATIONS * _SWEEPS * z.size, transcendentals=0, bytes_accessed=traffic
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=held + _VMEM_SLACK
-        ),
+        cost_estimate=pl.CostEstimate(flops=_OPERATIONS * _SWEEPS * z.size, transcendentals=0, bytes_accessed=traffic),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=held + _VMEM_SLACK),
         name=name,
     )(z)
 
 
-def _threshold_kernel(z_ref, top_ref, tau_ref, count_ref, *, width: int, chunk: int) -> None:
+def _threshold_kernel(z_ref: Any, top_ref: Any, tau_ref: Any, count_ref: Any, *, width: int, chunk: int) -> None:
     top, tau, count = _solve(z_ref, width, chunk)
     top_ref[...] = top
     tau_ref[...] = tau
     count_ref[...] = jnp.where(jnp.isnan(tau), 0.0, count).astype(jnp.int32)
 
 
-def _project_kernel(z_ref, p_ref, *, width: int, chunk: int) -> None:
+def _project_kernel(z_ref: Any, p_ref: Any, *, width: int, chunk: int) -> None:
     top, tau, _ = _solve(z_ref, width, chunk)
 
-    def write(at: pl.Slice, z: jax.Array, carry: jax.Array) -> jax.Array:
+    def write(at: Any, z: jax.Array, carry: jax.Array) -> jax.Array:
         p_ref[:, at] = _excess(z, top, tau)[0].astype(p_ref.dtype)
         return carry
 
     _over_chunks(z_ref, width, chunk, write, jnp.int32(0))
 
 
-def _solve(z_ref, width: int, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _solve(z_ref: Any, width: int, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(top, tau, count) [rows, 1] float32: Newton's method, from the threshold of the maxima of strided groups.
 
     NaN reaches tau through the sums, whether or not a maximum drops it; so does the NaN that an infinite maximum makes
@@ -141,7 +137,7 @@ def _solve(z_ref, width: int, chunk: int) -> tuple[jax.Array, jax.Array, jax.Arr
         start = jnp.maximum(below - 8 * float(jnp.finfo(jnp.float32).eps), start)
 
     def sweep(tau: jax.Array) -> Sums:
-        def add(at: pl.Slice, z: jax.Array, sums: Sums) -> Sums:
+        def add(at: Any, z: jax.Array, sums: Sums) -> Sums:
             excess, inside = _excess(z, top, tau)
             return sums[0] + excess, sums[1] + inside
 
@@ -173,11 +169,13 @@ def _newton(sums: Callable[[jax.Array], Sums], start: jax.Array) -> Sums:
     return tau, count
 
 
-def _over_chunks(z_ref, width: int, chunk: int, step: Step, carry: jax.Array) -> jax.Array:
+def _over_chunks(
+    z_ref: Any, width: int, chunk: int, step: Callable[[Any, jax.Array, Carry], Carry], carry: Carry
+) -> Carry:
     """``step(columns, scores [rows, chunk] float32, carry)`` over all columns; -inf stands beyond the row's end."""
     whole, rest = divmod(width, chunk)
 
-    def one(i: jax.Array, carry: jax.Array) -> jax.Array:
+    def one(i: jax.Array, carry: Carry) -> Carry:
         at = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
         return step(at, z_ref[:, at].astype(jnp.float32), carry)
 
