@@ -9,10 +9,11 @@ from jax import lax
 
 from jax_sae.ops.dispatch import resolve
 from jax_sae.ops.sparsemax.pallas_gpu import PALLAS_GPU
+from jax_sae.ops.sparsemax.pallas_tpu import CHOSEN, PALLAS_TPU
 from jax_sae.ops.sparsemax.solver import Solver, Threshold, compute_dtype
 from jax_sae.ops.sparsemax.xla import NEWTON, SORT
 
-_IMPLEMENTATIONS = {"xla": NEWTON, "sort": SORT, "pallas_gpu": PALLAS_GPU}
+_IMPLEMENTATIONS = {"xla": NEWTON, "sort": SORT, "pallas_tpu": PALLAS_TPU, "pallas_gpu": PALLAS_GPU}
 
 
 def sparsemax(
@@ -35,8 +36,10 @@ def sparsemax(
       where: boolean, broadcastable to ``z``; entries that are False take no part and get p = 0.
       axis_name: inside ``shard_map`` or ``pmap``, the mapped axis that ``axis`` is sharded over: a row is then the
         concatenation of its shards.
-      implementation: ``"xla"`` (Newton's method, no sort) or ``"sort"`` (the definition); None chooses. A name
-        is used or refused, it never falls back.
+      implementation: ``"xla"`` (Newton's method, no sort), ``"sort"`` (the definition), ``"pallas_tpu"`` or
+        ``"pallas_gpu"`` (kernels that read the scores once and write p once). A name is used or refused, it never
+        falls back. None is ``"pallas_tpu"`` in a program for one TPU or inside ``shard_map``, on float32 and bfloat16
+        rows that fit on the chip, and ``"xla"`` everywhere else; the GPU kernel has to be asked for.
 
     Returns:
       p, shape and dtype of ``z`` (float32 for integers). A row with NaN, with +inf, or with nothing above -inf
@@ -215,7 +218,7 @@ def _threshold_jvp(
 
 
 def _solver(implementation: str | None) -> Solver:
-    return resolve(implementation, _IMPLEMENTATIONS, default="xla")
+    return CHOSEN if implementation is None else resolve(implementation, _IMPLEMENTATIONS, default="xla")
 
 
 def _masked(z: jax.Array, where: jax.Array | None) -> jax.Array:

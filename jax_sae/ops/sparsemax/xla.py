@@ -48,8 +48,8 @@ def newton_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
     row's own that leaves two to four sweeps over the row instead of about ten.
 
     On CPU the scores above that bound, a few more than the support, are gathered first, and Newton's method goes over
-    these alone; only rows with more of them than are gathered are swept whole. A sweep is a loop over chunks of columns,
-    which XLA vectorises there as it does not the plain reduction.
+    these alone; only rows with more of them than are gathered are swept whole. A sweep is a loop over chunks of
+    columns, which XLA vectorises there as it does not the plain reduction.
     """
     swept = partial(_solve, axis_name=axis_name, sweep=_plain_sums)
     on_cpu = partial(_solve, axis_name=axis_name, sweep=_chunked_sums, gather=axis_name is None)
