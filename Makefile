@@ -3,6 +3,8 @@
 #   make demo     environment, real model and text, activations, training, evaluation, report: in runs/demo
 #   make test     environment and the whole test suite
 #   make lint     environment, ruff and mypy
+#   make test-compiled-tpu     kernels and the training step through the compiler for TPUs, which needs no TPU (Linux)
+#   make test-compiled-cuda    kernels through the compilers for NVIDIA GPUs, which need no GPU (830 MB, Linux)
 #   make bench    environment and the benchmarks; results in benchmarks/results/<device>/
 #   make clean    removes the environment, caches and builds; runs/ stays
 #
@@ -33,7 +35,7 @@ endif
 endif
 endif
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-compiled-tpu test-compiled-cuda lint bench clean
 
 demo: $(VENV)/.installed-demo
 	$(RUN) -m train.extract --out $(DEMO)/activations
@@ -43,6 +45,16 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	$(RUN) -m pytest --numprocesses=logical --dist=loadfile $(PYTEST_FLAGS)
+
+# An environment of its own: with libtpu installed, JAX looks for a TPU whenever it starts.
+test-compiled-tpu:
+	$(MAKE) VENV=$(VENV)-compiled-tpu $(VENV)-compiled-tpu/.installed-compiled-tpu
+	JAX_PLATFORMS=cpu $(VENV)-compiled-tpu/bin/python -m pytest tests/compiled_tpu $(PYTEST_FLAGS)
+
+# An environment of its own: with the plugin for CUDA installed, JAX looks for a GPU whenever it starts.
+test-compiled-cuda:
+	$(MAKE) VENV=$(VENV)-compiled-cuda $(VENV)-compiled-cuda/.installed-compiled-cuda
+	$(VENV)-compiled-cuda/bin/python -m pytest tests/compiled_cuda $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

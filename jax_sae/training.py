@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_sae.ops import reduce_apart
 from jax_sae.sae import (
     SAEConfig,
     SAEStats,
@@ -135,8 +136,8 @@ def train_step(
 
     Returns:
       (state after the step, scalars float32: ``loss`` and its terms, ``fvu`` per sample, ``l0`` the fraction
-      of exact zeros, ``active`` the mean number of active concepts, ``dead_fraction``, ``grad_norm``,
-      ``dense``, 1 if the batch was computed densely).
+      of exact zeros, ``active`` the mean number of active concepts, ``dead_fraction``, ``grad_norm`` of the whole
+      gradient, ``dense``, 1 if the batch was computed densely).
     """
 
     def all_mean(tree: Any) -> Any:
@@ -147,6 +148,7 @@ def train_step(
     gradients_of = dense_gradients if capacity is None else functools.partial(sparse_gradients, capacity=capacity)
     found = gradients_of(state.model, state.stats, batch, state.step, row_weights=row_weights, axis_name=axis_name)
     gradients = all_mean(found.gradients)
+    grad_norm = reduce_apart(optax.tree.norm, state.step >= 0, gradients)
     model, opt_state = _update(config, optimizer, state, gradients)
     stats = found.stats if capacity else dataclasses.replace(found.stats, capacity=jnp.zeros(2, jnp.int32))
     metrics = {
@@ -155,7 +157,7 @@ def train_step(
         **_forward_metrics(config, found.x_hat, found.active, batch),
     }
     metrics = all_mean(metrics)
-    metrics["grad_norm"] = optax.tree.norm(gradients)
+    metrics["grad_norm"] = grad_norm
     metrics["dead_fraction"] = jnp.mean(dead_concepts(config, stats), dtype=jnp.float32)
     metrics["dense"] = found.dense.astype(jnp.float32)
     return TrainState(step=state.step + 1, model=model, opt_state=opt_state, stats=stats), metrics
@@ -193,23 +195,30 @@ def _update(
     config: SAEConfig, optimizer: optax.GradientTransformation, state: TrainState, grads: SparseAutoencoder
 ) -> tuple[SparseAutoencoder, optax.OptState]:
     """The optimizer's update: smaller for projections, and on the sphere of unit decoder rows, where configured."""
+    always = state.step >= 0
     if config.unit_norm_decoder:
         rows, grad = state.model.W_dec[...], grads.W_dec[...]
-        unit = _unit_rows(rows)
-        grads.W_dec[...] = grad - unit * jnp.sum(unit * grad, axis=-1, keepdims=True)
+        along = reduce_apart(_dots, always, rows, grad) / reduce_apart(_squared_norms, always, rows)
+        grads.W_dec[...] = grad - rows * along
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
     for name in ("W_Q", "W_K", "W_V"):
         if hasattr(updates, name):
             getattr(updates, name)[...] *= config.projection_rate
     model = optax.apply_updates(state.model, updates)
     if config.unit_norm_decoder:
-        model.W_dec[...] = _unit_rows(model.W_dec[...])
+        rows = model.W_dec[...]
+        model.W_dec[...] = rows / jnp.sqrt(reduce_apart(_squared_norms, always, rows))
     return model, opt_state
 
 
-def _unit_rows(rows: jax.Array) -> jax.Array:
-    norm = jnp.linalg.norm(rows, axis=-1, keepdims=True)
-    return rows / jnp.maximum(norm, jnp.finfo(rows.dtype).tiny)
+def _squared_norms(rows: jax.Array) -> jax.Array:
+    """[M, 1], never 0."""
+    return jnp.maximum(jnp.sum(rows**2, axis=-1, keepdims=True), jnp.finfo(rows.dtype).tiny)
+
+
+def _dots(rows: jax.Array, others: jax.Array) -> jax.Array:
+    """[M, 1] scalar products of rows."""
+    return jnp.sum(rows * others, axis=-1, keepdims=True)
 
 
 def jit_train_step(

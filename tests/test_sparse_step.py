@@ -170,3 +170,21 @@ def test_pmap_of_the_sparse_step_gives_the_step_of_one_device(name):
         np.testing.assert_allclose(by_eight[key], by_one[key], rtol=2e-5, err_msg=key)
     for a, b in zip(jax.tree.leaves(mapped.model), jax.tree.leaves(state.model), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_a_row_that_does_not_fit_on_one_device_makes_all_of_them_compute_densely():
+    """Branches hold collectives, and the counts of what was needed are the same everywhere."""
+    config, state, optimizer, _ = make("sparsemax")
+    x = jax.random.normal(jax.random.key(5), (64, D))
+    x = x[jnp.argsort(state.model.find_places(x, state.stats, M).count)]
+    fullest = int(state.model.find_places(x[-1:], state.stats, M).count[0])
+    assert int(state.model.find_places(x[-9:-8], state.stats, M).count[0]) < fullest  # on the last device alone
+    capacity = Capacity(fullest - 1, M)
+    one = jax_sae.jit_train_step(config, optimizer, capacity=capacity)
+    eight = jax_sae.pmap_train_step(config, optimizer, capacity=capacity)
+    copy = jax.tree.map(jnp.array, state)
+    (state, by_one), (mapped, by_eight) = one(state, x), eight(copy, x)
+    assert by_one["dense"] == by_eight["dense"] == 1
+    np.testing.assert_array_equal(mapped.stats.needs[0], state.stats.needs[0])
+    for a, b in zip(jax.tree.leaves(mapped.model), jax.tree.leaves(state.model), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)

@@ -12,8 +12,10 @@ from jax_sae.ops.jumprelu import step_above as step_above
 from jax_sae.ops.maxima import group_maxima as group_maxima
 from jax_sae.ops.products import ScoreDtype as ScoreDtype
 from jax_sae.ops.products import score_products as score_products
+from jax_sae.ops.reductions import reduce_apart as reduce_apart
 from jax_sae.ops.sparsemax import sparsemax as sparsemax
 from jax_sae.ops.sparsemax import sparsemax_jvp as sparsemax_jvp
 from jax_sae.ops.sparsemax import sparsemax_threshold as sparsemax_threshold
 from jax_sae.ops.topk import batch_top_k_threshold as batch_top_k_threshold
 from jax_sae.ops.topk import top_k_mask as top_k_mask
+from jax_sae.ops.topk import top_k_threshold as top_k_threshold

@@ -54,7 +54,7 @@ def _abstract(shapes: Shapes, z: Any) -> list:
     return [z.update(shape=(*z.shape[:-1], out.shape[-1]), dtype=out.dtype, weak_type=False) for out in shapes(rows)]
 
 
-def _batch(primitive: Primitive, arrays: tuple[jax.Array], axes: tuple[int]) -> tuple:
+def _batch(primitive: Primitive, arrays: tuple, axes: tuple) -> tuple:
     (z,), (axis,) = arrays, axes
     outputs = primitive.bind(jnp.moveaxis(z, axis, 0))
     return outputs, (0,) * len(outputs)

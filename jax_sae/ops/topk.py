@@ -51,22 +51,40 @@ def batch_top_k_threshold(z: jax.Array, count: int | jax.Array, *, axis_name: st
     total = z.size * (1 if axis_name is None else lax.axis_size(axis_name))
     if isinstance(count, int) and not 1 <= count <= total:
         raise ValueError(f"count is {count} for a batch of {total} scores; expected 1 <= count <= {total}")
+    return _nth_largest(z, count, (0, 1), axis_name)[0, 0]
+
+
+def top_k_threshold(z: jax.Array, k: int) -> jax.Array:
+    """The k-th largest score of every row, exactly: :func:`batch_top_k_threshold` for each, for rows that are short.
+
+    Args:
+      z: [B, M] scores, computed in float32. NaN counts as the largest.
+      k: 1 to M.
+
+    Returns:
+      [B] float32, a constant to differentiation.
+    """
+    return _nth_largest(z, k, (1,), None)[:, 0]
+
+
+def _nth_largest(z: jax.Array, n: int | jax.Array, axes: tuple[int, ...], axis_name: str | None) -> jax.Array:
+    """The n-th largest entry along ``axes``, which are kept with length 1."""
     keys = _ordered_integers(lax.stop_gradient(z))
-    low, high = jnp.min(keys), jnp.max(keys)
+    low, high = jnp.min(keys, axes, keepdims=True), jnp.max(keys, axes, keepdims=True)
     if axis_name is not None:
         low, high = lax.pmin(low, axis_name), lax.pmax(high, axis_name)
 
     def halve(bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Keeps: at least ``count`` keys are >= low, fewer are > high."""
+        """Keeps: at least ``n`` keys are >= low, fewer are > high."""
         low, high = bracket
         middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
-        reached = jnp.sum(keys >= middle, dtype=jnp.int32)
+        reached = jnp.sum(keys >= middle, axes, keepdims=True, dtype=jnp.int32)
         if axis_name is not None:
             reached = lax.psum(reached, axis_name)
-        enough = reached >= count
+        enough = reached >= n
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
 
-    threshold, _ = lax.while_loop(lambda bracket: bracket[0] < bracket[1], halve, (low, high))
+    threshold, _ = lax.while_loop(lambda bracket: jnp.any(bracket[0] < bracket[1]), halve, (low, high))
     return _floats(threshold)
 
 

@@ -13,6 +13,7 @@ from jax_sae.ops import (
     sparsemax,
     sparsemax_threshold,
     top_k_mask,
+    top_k_threshold,
 )
 from jax_sae.sae.config import SAEConfig
 from jax_sae.sae.stats import SAEStats
@@ -165,7 +166,7 @@ def _top_k_bound(selection: Selection, scores: jax.Array) -> jax.Array:
     maxima, k = group_maxima(scores), selection.config.k
     if maxima.shape[-1] < k:
         return jnp.zeros_like(scores[:, :1])
-    return jax.lax.top_k(maxima, k)[0][:, -1:]
+    return top_k_threshold(maxima, k)[:, None]
 
 
 def _batch_top_k_bound(selection: Selection, scores: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_sae import batch_top_k_threshold, top_k_mask
+from jax_sae.ops import top_k_threshold
 
 
 def test_top_k_mask_equals_a_stable_sort():
@@ -78,3 +79,15 @@ def test_batch_threshold_over_eight_devices_is_that_of_the_whole_batch():
 def test_batch_threshold_names_a_count_out_of_range(count):
     with pytest.raises(ValueError, match=f"count is {count} for a batch of 12 scores"):
         batch_top_k_threshold(jnp.zeros((3, 4)), count)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "extremes"])
+@pytest.mark.parametrize("k", [1, 7, 30])
+def test_row_threshold_is_the_kth_largest_of_each_row(kind, k):
+    rng = np.random.default_rng(2)
+    z = {
+        "normal": rng.standard_normal((50, 30)),
+        "ties": rng.integers(-2, 3, (50, 30)),
+        "extremes": rng.choice([-np.inf, np.inf, 1e30, -1e30, 1e-38, -1e-38], (50, 30)),
+    }[kind].astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(top_k_threshold, static_argnums=1)(z, k), -np.sort(-z, axis=-1)[:, k - 1])

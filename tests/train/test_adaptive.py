@@ -143,6 +143,8 @@ def test_the_choice_of_a_capacity(now, row, mean, chosen):
 
 def test_small_dictionaries_are_dense():
     assert capacity_limit(SAEConfig.preset("sparsemax", 16, 128), "cpu") is None
+    large = SAEConfig.preset("sparsemax", 16, 49_152)
+    assert capacity_limit(large, "tpu") is None and 0 < capacity_limit(large, "gpu") < capacity_limit(large, "cpu")
     assert choose_capacity(SPARSEMAX, init_stats(SPARSEMAX), None) is None
 
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_sae.ops.dispatch import resolve
+from jax_sae.ops.sparsemax.pallas_gpu import PALLAS_GPU
 from jax_sae.ops.sparsemax.pallas_tpu import CHOSEN, PALLAS_TPU
 from jax_sae.ops.sparsemax.solver import Solver, Threshold, compute_dtype
 from jax_sae.ops.sparsemax.xla import NEWTON, SORT
 
-_IMPLEMENTATIONS = {"xla": NEWTON, "sort": SORT, "pallas_tpu": PALLAS_TPU}
+_IMPLEMENTATIONS = {"xla": NEWTON, "sort": SORT, "pallas_tpu": PALLAS_TPU, "pallas_gpu": PALLAS_GPU}
 
 
 def sparsemax(
@@ -35,16 +36,17 @@ def sparsemax(
       where: boolean, broadcastable to ``z``; entries that are False take no part and get p = 0.
       axis_name: inside ``shard_map`` or ``pmap``, the mapped axis that ``axis`` is sharded over: a row is then the
         concatenation of its shards.
-      implementation: ``"xla"`` (Newton's method, no sort), ``"sort"`` (the definition) or ``"pallas_tpu"`` (Newton's
-        method as a TPU kernel: float32 and bfloat16, whole rows, on one device or inside ``shard_map``). A name is used
-        or refused, it never falls back. None takes the kernel where it may run, and ``"xla"`` elsewhere.
+      implementation: ``"xla"`` (Newton's method, no sort), ``"sort"`` (the definition), ``"pallas_tpu"`` or
+        ``"pallas_gpu"`` (kernels that read the scores once and write p once). A name is used or refused, it never
+        falls back. None is ``"pallas_tpu"`` in a program for one TPU or inside ``shard_map``, on float32 and bfloat16
+        rows that fit on the chip, and ``"xla"`` everywhere else; the GPU kernel has to be asked for.
 
     Returns:
       p, shape and dtype of ``z`` (float32 for integers). A row with NaN, with +inf, or with nothing above -inf
       (``where`` False throughout) is NaN; entries of -inf get 0.
 
     Raises:
-      ValueError: the axis is empty or absent, or ``implementation`` is unknown or does not take these scores.
+      ValueError: the axis is empty or absent, or ``implementation`` is unknown.
 
     Derivatives: with the support S = {i: p_i > 0}, J = diag(s) - s s^T / |S|. An entry tied with tau is outside S: its
     derivative is 0, one of the subgradients there. Reverse mode keeps p and nothing else; reverse over reverse and

@@ -15,7 +15,8 @@ Sums = tuple[jax.Array, jax.Array]
 Sweep = Callable[[jax.Array, jax.Array, jax.Array], Sums]
 
 _CHUNK = 128  # columns per step of the loop that XLA:CPU vectorises
-_GATHERED = 512  # scores of a row that are gathered on CPU
+_GATHERED = (64, 512)  # scores of a row that are gathered on CPU: one in _ONE_IN, from so many to so many
+_ONE_IN = 32
 _MAX_SWEEPS = 100
 
 
@@ -47,8 +48,8 @@ def newton_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
     row's own that leaves two to four sweeps over the row instead of about ten.
 
     On CPU the scores above that bound, a few more than the support, are gathered first, and Newton's method goes over
-    these alone; only rows with more than _GATHERED of them are swept whole. A sweep is a loop over chunks of columns,
-    which XLA vectorises there as it does not the plain reduction.
+    these alone; only rows with more of them than are gathered are swept whole. A sweep is a loop over chunks of
+    columns, which XLA vectorises there as it does not the plain reduction.
     """
     swept = partial(_solve, axis_name=axis_name, sweep=_plain_sums)
     on_cpu = partial(_solve, axis_name=axis_name, sweep=_chunked_sums, gather=axis_name is None)
@@ -82,7 +83,8 @@ def _solve_gathered(z: jax.Array, anchor: jax.Array, start: jax.Array) -> tuple[
     NaN counts as above, so that a row that holds one ends with NaN.
     """
     above = ~((z.astype(anchor.dtype) - anchor) - start <= 0)
-    indices, count = compact(above, min(_GATHERED, z.shape[-1]))
+    width, (fewest, most) = z.shape[-1], _GATHERED
+    indices, count = compact(above, min(max(fewest, width // _ONE_IN), most, width))
     scores = jnp.take_along_axis(z, indices, axis=-1, mode="fill", fill_value=-jnp.inf)
     full = count[:, None] > indices.shape[-1]
     return _newton(partial(_plain_sums, scores, anchor), start, None, jnp.full_like(full, True)), full
