@@ -192,3 +192,12 @@ def test_integers_and_empty_batches_pass():
     np.testing.assert_array_equal(p, [0.5, 0.5, 0])
     assert sparsemax(jnp.zeros((0, 5)), **BY_KERNEL).shape == (0, 5)
     assert sparsemax_threshold(jnp.zeros((3, 0, 5)), **BY_KERNEL)[1].shape == (3, 0)
+
+
+def test_numbers_of_64_bits_by_default_change_nothing():
+    z = scores(9, 1500, 0.1)
+    with jax.enable_x64(True):
+        (p,), found = modelled(pallas_tpu._project_kernel, z), modelled(pallas_tpu._threshold_kernel, z)
+        gradient = interpreted(jax.grad(lambda z: sparsemax(z, **BY_KERNEL)[:, 0].sum()), z)
+    assert [x.dtype for x in (p, *found, gradient)] == ["float32", "float32", "float32", "int32", "float32"]
+    assert_is_sparsemax(z, p, found)

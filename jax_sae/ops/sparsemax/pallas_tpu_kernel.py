@@ -96,7 +96,7 @@ def _call(
     held = buffers * blocks.width * z.dtype.itemsize
     held += 2 * sum(max(written[1], _LANES) * out.dtype.itemsize for out in outputs)
     traffic = z.nbytes + sum(math.prod(out.shape) * out.dtype.itemsize for out in outputs)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         functools.partial(kernel, width=z.shape[1], chunk=blocks.chunk),
         out_shape=outputs,
         grid=(pl.cdiv(len(z), blocks.rows),),
@@ -107,7 +107,9 @@ def _call(
             dimension_semantics=("parallel",), vmem_limit_bytes=blocks.rows * held + _VMEM_SLACK
         ),
         name=name,
-    )(z)
+    )
+    with jax.enable_x64(False):  # a TPU's kernels have no numbers of 64 bits
+        return call(z)
 
 
 def _threshold_kernel(z_ref: Ref, top_ref: Ref, tau_ref: Ref, count_ref: Ref, *, width: int, chunk: int) -> None:
