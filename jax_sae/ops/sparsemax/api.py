@@ -38,8 +38,9 @@ def sparsemax(
         concatenation of its shards.
       implementation: ``"xla"`` (Newton's method, no sort), ``"sort"`` (the definition), ``"pallas_tpu"`` or
         ``"pallas_gpu"`` (kernels that read the scores once and write p once). A name is used or refused, it never
-        falls back. None is ``"pallas_tpu"`` in a program for one TPU or inside ``shard_map``, on float32 and bfloat16
-        rows that fit on the chip, and ``"xla"`` everywhere else; the GPU kernel has to be asked for.
+        falls back. None is chosen when a program is compiled: on TPUs ``"pallas_tpu"`` in a program for one device or
+        inside ``shard_map`` over all axes of its mesh, for float32 and bfloat16 rows that fit on the chip; ``"xla"``
+        for everything else on TPUs, and on CPUs and GPUs. The GPU kernel has to be asked for.
 
     Returns:
       p, shape and dtype of ``z`` (float32 for integers). A row with NaN, with +inf, or with nothing above -inf
