@@ -55,8 +55,8 @@ def _abstract(shapes: Shapes, z: Any) -> list:
 
 
 def _batch(primitive: Primitive, arrays: tuple, axes: tuple) -> tuple:
-    (array,), (axis,) = arrays, axes
-    outputs = primitive.bind(jnp.moveaxis(array, axis, 0))
+    (z,), (axis,) = arrays, axes
+    outputs = primitive.bind(jnp.moveaxis(z, axis, 0))
     return outputs, (0,) * len(outputs)
 
 

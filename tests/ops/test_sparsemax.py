@@ -134,5 +134,5 @@ def test_what_has_no_projection_is_refused(function):
         function(jnp.zeros((3, 4)), axis=2)
     with pytest.raises(ValueError, match="axis is -1 for scores of shape"):
         function(jnp.float32(1.0))
-    with pytest.raises(ValueError, match="implementation is 'fast'; expected None or one of xla, sort"):
+    with pytest.raises(ValueError, match="implementation is 'fast'; expected None or one of xla, sort, pallas_tpu"):
         function(jnp.zeros((0, 3)), implementation="fast")

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,15 +14,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jax_sae.ops.sparsemax.solver import Threshold
 
 Sums = tuple[jax.Array, jax.Array]
+Ref = Any
 Carry = TypeVar("Carry")
 
 _LANES = 128
-_BLOCK_BYTES = 1 << 20  # of scores in a block of rows; smaller ones leave the memory idle between two transfers
+_BLOCK_BYTES = 1 << 20  # of scores in a block of short rows; smaller transfers leave the memory idle between two
 _MOST_ROWS = 64
-_ACCUMULATED = 8192  # scores in a chunk: eight vector registers
+_CHUNK_SCORES = 8192  # eight vector registers
 _UNROLL = 4
 _MAX_SWEEPS = 100
-_SWEEPS = 4  # that most rows take, for the estimate of cost
+_USUAL_SWEEPS = 4  # for the estimate of cost, as is the next
 _OPERATIONS = 7  # on a score in a sweep
 _VMEM_SLACK = 4 << 20  # for what the compiler keeps beside the blocks
 
@@ -32,21 +33,24 @@ class Blocks(NamedTuple):
 
     Attributes:
       rows: of a block. They are solved together, until the last of them is done.
+      width: of a block, M rounded up to whole chunks.
       chunk: columns that are worked on at a time, a multiple of 128; also the number of groups whose maxima bound the
         threshold from below.
     """
 
     rows: int
+    width: int
     chunk: int
 
 
-def choose_blocks(shape: tuple[int, ...], dtype: jnp.dtype) -> Blocks:
-    """Blocks of 8 rows (16 of two-byte scores), of up to 64 where rows are short."""
-    batch, width = shape
-    rows = 32 // dtype.itemsize
-    while rows < min(batch, _MOST_ROWS) and 2 * rows * width * dtype.itemsize <= _BLOCK_BYTES:
+def choose_blocks(z: jax.Array) -> Blocks:
+    """8 rows (16 of two-byte scores), and up to 64 where they are short."""
+    (batch, width), itemsize = z.shape, z.dtype.itemsize
+    rows = 32 // itemsize
+    while rows < min(batch, _MOST_ROWS) and 2 * rows * width * itemsize <= _BLOCK_BYTES:
         rows *= 2
-    return Blocks(rows, min(max(_ACCUMULATED // rows, _LANES), pl.cdiv(width, _LANES) * _LANES))
+    chunk = min(max(_CHUNK_SCORES // rows, _LANES), pl.cdiv(width, _LANES) * _LANES)
+    return Blocks(rows, pl.cdiv(width, chunk) * chunk, chunk)
 
 
 def threshold_call(z: jax.Array, *, buffers: int) -> Threshold:
@@ -57,77 +61,82 @@ def threshold_call(z: jax.Array, *, buffers: int) -> Threshold:
       buffers: blocks of rows held at a time: 2 to read one while another is solved, 1 for rows so long that two do not
         fit.
     """
-    outputs = [((len(z), 1), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32)]
-    rows, _ = choose_blocks(z.shape, z.dtype)
-    top, tau, count = _call(_threshold_kernel, z, outputs, (rows, 1), buffers=buffers, name="sparsemax_threshold_tpu")
+    outputs = [_output(z, 1, dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32)]
+    blocks = choose_blocks(z)
+    written = (blocks.rows, 1)
+    top, tau, count = _call(_threshold_kernel, "sparsemax_threshold_tpu", z, outputs, blocks, written, buffers)
     return top, tau, count
 
 
 def project_call(z: jax.Array) -> jax.Array:
-    """The p of ``z [B, M]``, float32 or bfloat16, B and M >= 1, of the same shape and dtype."""
-    block = _block_shape(z)
-    (p,) = _call(_project_kernel, z, [(z.shape, z.dtype)], block, buffers=2, name="sparsemax_tpu")
+    """Sparsemax of ``z [B, M]``, float32 or bfloat16, B and M >= 1, of the same shape and dtype."""
+    outputs = [_output(z, z.shape[1], z.dtype)]
+    blocks = choose_blocks(z)
+    (p,) = _call(_project_kernel, "sparsemax_tpu", z, outputs, blocks, (blocks.rows, blocks.width), buffers=2)
     return p
 
 
-def _block_shape(z: jax.Array) -> tuple[int, int]:
-    rows, chunk = choose_blocks(z.shape, z.dtype)
-    return rows, pl.cdiv(z.shape[1], chunk) * chunk
+def _output(z: jax.Array, width: int, dtype: Any) -> jax.ShapeDtypeStruct:
+    """[B, width], varying over the axes of ``shard_map`` that z varies over."""
+    return jax.ShapeDtypeStruct((len(z), width), dtype, manual_axis_type=jax.typeof(z).manual_axis_type)
 
 
 def _call(
     kernel: Callable[..., None],
-    z: jax.Array,
-    outputs: Sequence[tuple[tuple[int, ...], Any]],
-    output_block: tuple[int, int],
-    *,
-    buffers: int,
     name: str,
+    z: jax.Array,
+    outputs: list[jax.ShapeDtypeStruct],
+    blocks: Blocks,
+    written: tuple[int, int],
+    buffers: int,
 ) -> list[jax.Array]:
-    varying = jax.typeof(z).manual_axis_type
-    shapes = [jax.ShapeDtypeStruct(*output, manual_axis_type=varying) for output in outputs]
-    block = _block_shape(z)
-    mode = None if buffers == 2 else pl.Buffered(buffers)
+    """``kernel`` on blocks of rows of ``z``; ``written`` is the shape of a block of every output."""
     of_rows = lambda i: (i, 0)  # noqa: E731
-    lanes = [max(width, _LANES) for width in (output_block[1],) * len(outputs)]
-    held = block[0] * (buffers * block[1] * z.dtype.itemsize + 2 * 4 * sum(lanes))
-    traffic = z.nbytes + sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in shapes)
-    return pl.pallas_call(
-        functools.partial(kernel, width=z.shape[1], chunk=choose_blocks(z.shape, z.dtype).chunk),
-        out_shape=shapes,
-        grid=(pl.cdiv(len(z), block[0]),),
-        in_specs=[pl.BlockSpec(block, of_rows, pipeline_mode=mode)],
-        out_specs=[pl.BlockSpec(output_block, of_rows) for _ in outputs],
-        cost_estimate=pl.CostEstimate(flops=_OPERATIONS * _SWEEPS * z.size, transcendentals=0, bytes_accessed=traffic),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=held + _VMEM_SLACK),
+    mode = None if buffers == 2 else pl.Buffered(buffers)
+    held = buffers * blocks.width * z.dtype.itemsize
+    held += 2 * sum(max(written[1], _LANES) * out.dtype.itemsize for out in outputs)
+    traffic = z.nbytes + sum(math.prod(out.shape) * out.dtype.itemsize for out in outputs)
+    call = pl.pallas_call(
+        functools.partial(kernel, width=z.shape[1], chunk=blocks.chunk),
+        out_shape=outputs,
+        grid=(pl.cdiv(len(z), blocks.rows),),
+        in_specs=[pl.BlockSpec((blocks.rows, blocks.width), of_rows, pipeline_mode=mode)],
+        out_specs=[pl.BlockSpec(written, of_rows) for _ in outputs],
+        cost_estimate=pl.CostEstimate(_OPERATIONS * _USUAL_SWEEPS * z.size, 0, traffic),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=blocks.rows * held + _VMEM_SLACK
+        ),
         name=name,
-    )(z)
+    )
+    with jax.enable_x64(False):  # a TPU's kernels have no numbers of 64 bits
+        return call(z)
 
 
-def _threshold_kernel(z_ref: Any, top_ref: Any, tau_ref: Any, count_ref: Any, *, width: int, chunk: int) -> None:
+def _threshold_kernel(z_ref: Ref, top_ref: Ref, tau_ref: Ref, count_ref: Ref, *, width: int, chunk: int) -> None:
     top, tau, count = _solve(z_ref, width, chunk)
     top_ref[...] = top
     tau_ref[...] = tau
     count_ref[...] = jnp.where(jnp.isnan(tau), 0.0, count).astype(jnp.int32)
 
 
-def _project_kernel(z_ref: Any, p_ref: Any, *, width: int, chunk: int) -> None:
+def _project_kernel(z_ref: Ref, p_ref: Ref, *, width: int, chunk: int) -> None:
     top, tau, _ = _solve(z_ref, width, chunk)
 
-    def write(at: Any, z: jax.Array, carry: jax.Array) -> jax.Array:
+    def write(at: Any, z: jax.Array, carry: int) -> int:
         p_ref[:, at] = _excess(z, top, tau)[0].astype(p_ref.dtype)
         return carry
 
-    _over_chunks(z_ref, width, chunk, write, jnp.int32(0))
+    _over_chunks(z_ref, width, chunk, write, 0)
 
 
-def _solve(z_ref: Any, width: int, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _solve(z_ref: Ref, width: int, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(top, tau, count) [rows, 1] float32: Newton's method, from the threshold of the maxima of strided groups.
 
     NaN reaches tau through the sums, whether or not a maximum drops it; so does the NaN that an infinite maximum makes
     when it is subtracted.
     """
-    lowest = jnp.full((z_ref.shape[0], chunk), -jnp.inf, jnp.float32)
+    block = (z_ref.shape[0], chunk)
+    lowest = jnp.full(block, -jnp.inf, jnp.float32)
     maxima = _over_chunks(z_ref, width, chunk, lambda at, z, found: jnp.maximum(found, z), lowest)
     top = jnp.max(maxima, axis=1, keepdims=True)
     start = jnp.full_like(top, -1)
@@ -141,7 +150,7 @@ def _solve(z_ref: Any, width: int, chunk: int) -> tuple[jax.Array, jax.Array, ja
             excess, inside = _excess(z, top, tau)
             return sums[0] + excess, sums[1] + inside
 
-        zeros = jnp.zeros(lowest.shape, jnp.float32)
+        zeros = jnp.zeros(block, jnp.float32)
         return _row_sums(_over_chunks(z_ref, width, chunk, add, (zeros, zeros)))
 
     tau, count = _newton(sweep, start)
@@ -160,9 +169,9 @@ def _newton(sums: Callable[[jax.Array], Sums], start: jax.Array) -> Sums:
         total, new_count = sums(tau)
         new_tau = tau + (total - 1) / new_count
         goes_on = (moving > 0) & (new_count != count) & ((new_tau > tau) | (count < 0))
-        goes_on = jnp.where(goes_on, 1.0, 0.0)  # booleans are not carried by loops here
+        still_moving = jnp.where(goes_on, 1.0, 0.0)  # loops carry no vectors of booleans here
         tau, count = jnp.where(moving > 0, new_tau, tau), jnp.where(moving > 0, new_count, count)
-        return sweeps + 1, tau, count, goes_on, jnp.max(goes_on)
+        return sweeps + 1, tau, count, still_moving, jnp.max(still_moving)
 
     begin = (jnp.int32(0), start, jnp.full_like(start, -1), jnp.ones_like(start), jnp.float32(1))
     _, tau, count, _, _ = lax.while_loop(lambda carry: (carry[0] < _MAX_SWEEPS) & (carry[4] > 0), step, begin)
@@ -170,7 +179,7 @@ def _newton(sums: Callable[[jax.Array], Sums], start: jax.Array) -> Sums:
 
 
 def _over_chunks(
-    z_ref: Any, width: int, chunk: int, step: Callable[[Any, jax.Array, Carry], Carry], carry: Carry
+    z_ref: Ref, width: int, chunk: int, step: Callable[[Any, jax.Array, Carry], Carry], carry: Carry
 ) -> Carry:
     """``step(columns, scores [rows, chunk] float32, carry)`` over all columns; -inf stands beyond the row's end."""
     whole, rest = divmod(width, chunk)
