@@ -28,7 +28,7 @@ def compiled_step(chip, d, m, b, **keywords):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", ["v5e"])
 def test_the_dense_step_runs_the_kernel_and_fits(chip):
     """Two arrays of the size of the scores, and parameters and both moments of Adam updated in place."""
     program = compiled_step(chip, D, M, B)
