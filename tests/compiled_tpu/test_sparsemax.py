@@ -90,12 +90,13 @@ def pullback(z, cotangent):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_gradient_reads_the_scores_once_and_keeps_p_alone(chip):
+    """Beside p, only its support, one byte a score, between the two passes of the backward step."""
     z = scores(1024, 49152)
     program = compile_for(chip, pullback, z, z)
     assert program.kernels == [PROJECT]
     assert program.readers(0) == ["custom-call"]
     assert program.count("while") == 0
-    assert program.memory.temp_size_in_bytes <= 4 * z.size + (1 << 20)
+    assert program.memory.temp_size_in_bytes <= 5 * z.size + (1 << 20)
 
 
 @pytest.mark.parametrize("function", [sparsemax, sparsemax_threshold])
