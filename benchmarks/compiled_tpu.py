@@ -67,6 +67,7 @@ def figures_of(chip: str, case: Case, program: Program) -> dict[str, str | float
     return {
         "TPU": chip,
         "program": case.name,
+        "scores": f"{case.shape[0]} x {case.shape[1]} {jnp.dtype(case.dtype).name}",
         "kernels": len(program.kernels),
         "in and out MB": moved / MB,
         "compiler's count MB": program.cost["bytes accessed"] / MB,
@@ -93,10 +94,7 @@ def main(chips: tuple[str, ...] = tuple(CHIPS)) -> None:
       chips: names of benchmarks.tpu_compiler.CHIPS.
     """
     jax.config.update("jax_platforms", "cpu")
-    title = (
-        f"sparsemax through libtpu {version('libtpu')}, float32 of shape (1024, 49152) unless named otherwise. "
-        "Compiled only: nothing of this has run on a TPU."
-    )
+    title = f"sparsemax through libtpu {version('libtpu')}. Compiled only: nothing of this has run on a TPU."
     publish("compiled_tpu", [], figures=[Figures(title, tuple(compiled_cases(chips)))])
 
 

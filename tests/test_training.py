@@ -132,12 +132,16 @@ def test_unit_norm_decoder_stays_on_the_sphere_and_drops_the_parallel_gradient()
     before = fresh(config, optimizer)
     rows = np.asarray(before.model.W_dec[...], np.float64)
     loss = lambda model: jax_sae.sae_loss(model, before.stats, batches[0], 0)[0]
-    grad = np.asarray(jax.grad(loss)(before.model).W_dec[...], np.float64)
+    gradients = jax.grad(loss)(before.model)
+    grad = np.asarray(gradients.W_dec[...], np.float64)
     tangent = grad - rows * (rows * grad).sum(-1, keepdims=True)
     expected = rows - 0.1 * tangent
     expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
-    after, _ = jax_sae.jit_train_step(config, optimizer)(before, batches[0])
+    whole = np.sqrt(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(gradients)))
+    assert np.sum((grad - tangent) ** 2) > 1e-4 * whole**2  # there is a parallel part, and grad_norm counts it
+    after, metrics = jax_sae.jit_train_step(config, optimizer)(before, batches[0])
     np.testing.assert_allclose(after.model.W_dec[...], expected, atol=2e-6)
+    assert float(metrics["grad_norm"]) == pytest.approx(whole, rel=1e-6)
 
 
 def test_row_weights_reach_the_loss():

@@ -24,8 +24,8 @@ Shapes = Callable[[jax.ShapeDtypeStruct], tuple[jax.ShapeDtypeStruct, ...]]
 def rows_operation(name: str, shapes: Shapes, kernels: Mapping[str, Rows], otherwise: Rows | None) -> Rows:
     """An operation on rows ``[B, M]`` that is a kernel where there is one for the platform and it may run.
 
-    It may run where the program is for one device, and inside ``shard_map`` and ``pmap`` over all axes of the mesh, on
-    the rows of each device. Under ``jit`` over several devices ``otherwise`` runs, and the compiler splits that.
+    It may run where the program is for one device, and inside ``shard_map`` over all axes of the mesh, on the rows of
+    each device. Under ``jit`` over several devices ``otherwise`` runs, and the compiler splits that.
 
     Args:
       name: of the primitive.

@@ -127,7 +127,11 @@ def _check(z: jax.Array, axis_name: str | None) -> None:
 
 
 def _over_batches(solve: Callable[..., Any], z: jax.Array, *, project: bool) -> Any:
-    """``solve``, whose ``vmap`` is one kernel over more rows: the copy engine takes no strides of odd size."""
+    """``solve``, whose ``vmap`` is one kernel over more rows: the copy engine takes no strides of odd size.
+
+    Not a :func:`jax_sae.ops.kernels.rows_operation`: the interpreter of Mosaic GPU has effects, which a primitive's
+    lowering cannot add to a program.
+    """
 
     @jax.custom_batching.custom_vmap
     def rows(z: jax.Array) -> Any:
