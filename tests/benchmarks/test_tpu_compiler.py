@@ -51,6 +51,7 @@ def test_figures_are_of_what_goes_in_and_out_once():
     assert figures == {
         "TPU": "v5e",
         "program": "p",
+        "scores": "1024 x 49152 float32",
         "kernels": 1,
         "in and out MB": 10.0,
         "compiler's count MB": 12.0,
