@@ -1,8 +1,12 @@
 """Where the few True entries of long rows are, without a sort and without a scatter."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jax_sae.ops.topk import MOST_WITHOUT_SORT, top_k
 
 _BITS = 32
 
@@ -10,24 +14,38 @@ _BITS = 32
 def compact(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The places of the True entries of every row.
 
-    One pass over the mask packs it into words of 32 bits, word w holding the columns that are w modulo their number;
-    all else works on a 32nd of the row. The j-th True entry is in the word in which the running count of bits passes
-    j, and is found within it by halving.
-
     Args:
       mask: [B, M] bool.
       k: places per row, at least 1.
 
     Returns:
-      indices: [B, k] int32, each True column once, in the order of the words; M in unused places.
-      count: [B] int32, True entries of the row. Where it is above k, only the first k of them have a place.
+      indices: [B, k] int32, each True column once, the used places first, in no particular order; M in the others.
+      count: [B] int32, True entries of the row. Where it is above k, only k of them have a place.
+    """
+    on_tpu = _by_top_k if k <= MOST_WITHOUT_SORT else _by_words
+    return lax.platform_dependent(mask, tpu=partial(on_tpu, k=k), default=partial(_by_words, k=k))
+
+
+def _by_top_k(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The smallest columns, as float32, which holds whole numbers up to 2^24 exactly."""
+    width = mask.shape[-1]
+    columns = jnp.arange(width, dtype=jnp.float32)[None, :]
+    largest, _ = top_k(jnp.where(mask, -columns, -float(width)), min(k, width))
+    padded = jnp.pad(largest, ((0, 0), (0, k - largest.shape[-1])), constant_values=-float(width))
+    return -padded.astype(jnp.int32), jnp.sum(mask, axis=-1, dtype=jnp.int32)
+
+
+def _by_words(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """All but one pass over the mask works on a 32nd of the row.
+
+    That pass packs it into words of 32 bits, word w holding the columns that are w modulo their number. The j-th True
+    entry is in the word in which the running count of bits passes j, and is found within it by halving.
     """
     width = mask.shape[-1]
     words = _pack(mask)
     running = jnp.cumsum(lax.population_count(words), axis=-1, dtype=jnp.int32)
     wanted = jnp.arange(k, dtype=jnp.int32)
-    find = jax.vmap(lambda row: jnp.searchsorted(row, wanted, side="right"))
-    place = find(running).astype(jnp.int32)
+    place = _first_above(running, wanted)
     inside = place < words.shape[-1]
     place = jnp.minimum(place, words.shape[-1] - 1)
     word = jnp.take_along_axis(words, place, axis=-1)
@@ -43,6 +61,21 @@ def _pack(mask: jax.Array) -> jax.Array:
     padded = jnp.pad(mask, ((0, 0), (0, words * _BITS - width))).reshape(rows, _BITS, words)
     bits = padded.astype(jnp.uint32) << jnp.arange(_BITS, dtype=jnp.uint32)[None, :, None]
     return jnp.sum(bits, axis=1, dtype=jnp.uint32)
+
+
+def _first_above(ascending: jax.Array, values: jax.Array) -> jax.Array:
+    """[B, k] int32, the place in each row of ``ascending [B, W]`` of the first entry above each value of [k], or W.
+
+    By halving, all rows in step: ``jnp.searchsorted`` under ``vmap`` is the same, but for ``shard_map`` over some axes
+    of a mesh, where it fails.
+    """
+    width = ascending.shape[-1]
+    place = jnp.zeros_like(ascending[:, :1]) + jnp.zeros_like(values)[None, :]
+    for power in reversed(range(width.bit_length())):
+        further = place + (1 << power)
+        last = jnp.take_along_axis(ascending, jnp.minimum(further, width) - 1, axis=-1)
+        place = jnp.where((further <= width) & (last <= values[None, :]), further, place)
+    return place
 
 
 def _nth_bit(word: jax.Array, n: jax.Array) -> jax.Array:

@@ -4,6 +4,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+_NATIVE_ON_TPU = (128, 512)
+MOST_WITHOUT_SORT = _NATIVE_ON_TPU[-1]
+
+
+def top_k(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """``lax.top_k`` of rows [B, M]: (values, indices) [B, k].
+
+    A TPU has it natively, in one read of the rows, for the 128 and the 512 largest alone; other numbers become a sort
+    or a copy of the rows first. So as many are taken there, and the first k of them kept.
+    """
+    size = next((size for size in _NATIVE_ON_TPU if k <= size <= z.shape[-1]), k)
+    taken = lambda z: tuple(found[:, :k] for found in lax.top_k(z, size))  # noqa: E731
+    values, indices = lax.platform_dependent(z, tpu=taken, default=lambda z: tuple(lax.top_k(z, k)))
+    return values, indices
+
 
 def top_k_mask(z: jax.Array, k: int, keep: jax.Array | None = None) -> jax.Array:
     """The k largest entries of every row, or the ``keep`` largest of them.
@@ -24,10 +39,13 @@ def top_k_mask(z: jax.Array, k: int, keep: jax.Array | None = None) -> jax.Array
     if not 1 <= k <= width:
         raise ValueError(f"k is {k} for rows of {width} scores; expected 1 <= k <= {width}")
     rows = lax.stop_gradient(z).reshape(-1, width)
-    _, indices = lax.top_k(rows, k)
-    kept = True if keep is None else (jnp.arange(k) < keep)[None, :]  # the indices come largest score first
-    chosen = jnp.zeros(rows.shape, bool).at[jnp.arange(rows.shape[0])[:, None], indices].set(kept)
-    return chosen.reshape(z.shape)
+    values, indices = top_k(rows, k)
+    last = k - 1 if keep is None else jnp.clip(keep, 1, k) - 1
+    value, column = (lax.dynamic_index_in_dim(found, last, axis=1) for found in (values, indices))
+    keys, key = _ordered_integers(rows), _ordered_integers(value)
+    before = jnp.arange(width, dtype=jnp.int32)[None, :] <= column  # of equal scores the first come first
+    mask = (keys > key) | ((keys == key) & before)
+    return (mask if keep is None else mask & (keep > 0)).reshape(z.shape)
 
 
 def batch_top_k_threshold(z: jax.Array, count: int | jax.Array, *, axis_name: str | None = None) -> jax.Array:

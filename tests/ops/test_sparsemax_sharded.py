@@ -83,3 +83,32 @@ def test_columns_split_by_the_compiler_give_the_same():
     np.testing.assert_allclose(
         gradient, np.stack([jacobian(row) @ v for row, v in zip(expected, g.astype(float), strict=True)]), atol=2e-6
     )
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_inside_a_shard_map_over_some_axes_of_a_mesh_the_others_are_split_by_the_compiler(implementation):
+    """Wide enough for what the CPU gathers."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    z, g = scores(8, 4096, 0.2), scores(8, 4096, seed=1)
+
+    def both(z, g):
+        p, pullback = jax.vjp(functools.partial(sparsemax, implementation=implementation), z)
+        return p, pullback(g)[0]
+
+    sharded = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names={"data"}))
+    p, gradient = sharded(*(jax.device_put(x, NamedSharding(mesh, P("data", "model"))) for x in (z, g)))
+    expected, _, _ = sparsemax_rows(z)
+    products = np.stack([jacobian(row) @ vector for row, vector in zip(expected, g.astype(float), strict=True)])
+    np.testing.assert_allclose(p, expected, atol=3e-7)
+    np.testing.assert_allclose(gradient, products, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_rows_of_a_mesh_with_explicit_axes_stay_where_they_are(implementation):
+    z = scores(8, 4096, 0.2)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(z, NamedSharding(mesh, P("data", None)))
+        p = jax.jit(functools.partial(sparsemax, implementation=implementation))(rows)
+    assert p.sharding.spec == P("data", None)
+    np.testing.assert_allclose(p, sparsemax_rows(z)[0], atol=3e-7)

@@ -9,6 +9,7 @@ import pytest
 
 from jax_sae import batch_top_k_threshold, top_k_mask
 from jax_sae.ops import top_k_threshold
+from jax_sae.ops.topk import top_k
 
 
 def test_top_k_mask_equals_a_stable_sort():
@@ -17,6 +18,13 @@ def test_top_k_mask_equals_a_stable_sort():
         expected = np.zeros(z.shape, bool)
         np.put_along_axis(expected, np.argsort(-z, axis=-1, kind="stable")[:, :k], True, -1)
         np.testing.assert_array_equal(top_k_mask(jnp.asarray(z), k), expected)
+
+
+def test_top_k_is_that_of_the_definition_whatever_k_is_rounded_up_to():
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((5, 700)), jnp.float32)
+    for k in (1, 128, 129, 512, 513, 700):
+        for found, expected in zip(top_k(z, k), jax.lax.top_k(z, k), strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_top_k_mask_takes_leading_dimensions_and_is_a_constant():
