@@ -18,21 +18,29 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 @dataclass(frozen=True)
 class Chip:
-    """A kind of TPU: the smallest topology of it, and the published bandwidth of a device's memory in bytes/s.
+    """A kind of TPU: the smallest topology of it, and what is published of one of its devices.
 
-    A TPU7x has two chiplets, each a device of its own with half of the bandwidth.
+    A TPU7x has two chiplets, each a device of its own with half of the bandwidth and of the rate.
+
+    Attributes:
+      topology: as ``jax.experimental.topologies`` takes it.
+      bandwidth: of its memory, bytes/s.
+      matmul_rate: of products of bfloat16, operations/s.
+      on_chip: bytes of vector memory.
     """
 
     topology: str
     bandwidth: float
+    matmul_rate: float
+    on_chip: int
 
 
 CHIPS = {
-    "v4": Chip("v4:2x2x1", 1.228e12),
-    "v5e": Chip("v5e:2x2", 0.819e12),
-    "v5p": Chip("v5p:2x2x1", 2.765e12),
-    "v6e": Chip("v6e:2x2", 1.64e12),
-    "tpu7x": Chip("tpu7x:2x2x1", 3.69e12),
+    "v4": Chip("v4:2x2x1", 1.228e12, 275e12, 16 << 20),
+    "v5e": Chip("v5e:2x2", 0.819e12, 197e12, 128 << 20),
+    "v5p": Chip("v5p:2x2x1", 2.765e12, 459e12, 64 << 20),
+    "v6e": Chip("v6e:2x2", 1.64e12, 918e12, 128 << 20),
+    "tpu7x": Chip("tpu7x:2x2x1", 3.69e12, 1153e12, 64 << 20),
 }
 
 _SETTINGS = {
@@ -82,6 +90,11 @@ class Program:
         """Bytes of on-chip memory that each kernel uses."""
         calls = [line for line in self.text.splitlines() if _KERNEL in line]
         return [int(re.findall(r'"used_scoped_memory_configs":\[\{[^]]*"size":"(\d+)"', call)[-1]) for call in calls]
+
+    @property
+    def cycles(self) -> int:
+        """What the compiler expects of all operations that it has a model of, each loop as if it went around once."""
+        return sum(int(cycles) for cycles in re.findall(r'"estimated_cycles":"(\d+)"', self.text))
 
     def operations(self) -> list[str]:
         """Opcodes of the entry computation, in order."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_sae import batch_top_k_threshold, top_k_mask
-from jax_sae.ops import top_k_threshold
+from jax_sae.ops import top_k_threshold, topk
 from jax_sae.ops.topk import top_k
 
 
@@ -25,6 +25,50 @@ def test_top_k_is_that_of_the_definition_whatever_k_is_rounded_up_to():
     for k in (1, 128, 129, 512, 513, 700):
         for found, expected in zip(top_k(z, k), jax.lax.top_k(z, k), strict=True):
             np.testing.assert_array_equal(found, expected)
+
+
+ADVERSARIAL = {
+    "normal": lambda rng: rng.standard_normal((6, 3000)),
+    "ties": lambda rng: rng.integers(-4, 5, (6, 3000)),
+    "all equal": lambda rng: np.full((6, 3000), 0.25),
+    "positive part": lambda rng: np.maximum(rng.standard_normal((6, 3000)), 0),
+    "few large": lambda rng: np.where(rng.random((6, 3000)) < 0.003, 1e30, -1e-30),
+    "minus infinity": lambda rng: np.where(rng.random((6, 3000)) < 0.01, rng.standard_normal((6, 3000)), -np.inf),
+    "short": lambda rng: rng.integers(0, 3, (6, 40)),
+}
+
+
+@pytest.fixture(params=["list", "halving"])
+def mask_of(request, monkeypatch):
+    """``top_k_mask`` as a CPU computes it, and as a GPU does."""
+
+    def on_platform(*arrays, cpu=None, default, **_):
+        return (cpu if cpu is not None and request.param == "list" else default)(*arrays)
+
+    monkeypatch.setattr(topk.lax, "platform_dependent", on_platform)
+    return lambda z, k: np.asarray(top_k_mask(jnp.asarray(z), k))
+
+
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_the_mask_is_that_of_a_stable_sort(mask_of, kind):
+    z = ADVERSARIAL[kind](np.random.default_rng(3)).astype(np.float32)
+    order = np.argsort(-z, axis=-1, kind="stable")
+    for k in (1, 8, 33, 40) if kind == "short" else (1, 17, 600, 2999):
+        expected = np.zeros(z.shape, bool)
+        np.put_along_axis(expected, order[:, :k], True, -1)
+        np.testing.assert_array_equal(mask_of(z, k), expected)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nan_of_either_sign_is_the_largest(mask_of, sign):
+    z = np.random.default_rng(0).standard_normal((3, 2000)).astype(np.float32)
+    z[0, 7] = np.inf
+    z[1, ::400] = np.copysign(np.float32(np.nan), sign)
+    z[2] = np.copysign(np.float32(np.nan), sign)
+    for k in (2, 5, 9):
+        mask = mask_of(z, k)
+        assert (mask.sum(-1) == k).all()
+        assert mask[0, 7] and mask[1, ::400].sum() == min(k, 5) and mask[2, :k].all()
 
 
 def test_top_k_mask_takes_leading_dimensions_and_is_a_constant():

@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
     chunk: int
 
 
-def choose_blocks(z: jax.Array) -> Blocks:
+def choose_blocks(z: jax.Array | jax.ShapeDtypeStruct) -> Blocks:
     """8 rows (16 of two-byte scores), and up to 64 where they are short."""
     (batch, width), itemsize = z.shape, z.dtype.itemsize
     rows = 32 // itemsize
@@ -72,7 +72,7 @@ def project_call(z: jax.Array) -> jax.Array:
     """Sparsemax of ``z [B, M]``, float32 or bfloat16, B and M >= 1, of the same shape and dtype."""
     outputs = [_output(z, z.shape[1], z.dtype)]
     blocks = choose_blocks(z)
-    (p,) = _call(_project_kernel, "sparsemax_tpu", z, outputs, blocks, (blocks.rows, blocks.width), buffers=2)
+    (p,) = _call(project_block, "sparsemax_tpu", z, outputs, blocks, (blocks.rows, blocks.width), buffers=2)
     return p
 
 
@@ -119,7 +119,8 @@ def _threshold_kernel(z_ref: Ref, top_ref: Ref, tau_ref: Ref, count_ref: Ref, *,
     count_ref[...] = jnp.where(jnp.isnan(tau), 0.0, count).astype(jnp.int32)
 
 
-def _project_kernel(z_ref: Ref, p_ref: Ref, *, width: int, chunk: int) -> None:
+def project_block(z_ref: Ref, p_ref: Ref, *, width: int, chunk: int) -> None:
+    """Sparsemax of a block of rows on the chip, as :class:`Blocks` has them; ``p_ref`` may be ``z_ref``."""
     top, tau, _ = _solve(z_ref, width, chunk)
 
     def write(at: Any, z: jax.Array, carry: int) -> int:
