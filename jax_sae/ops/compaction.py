@@ -9,6 +9,7 @@ from jax import lax
 from jax_sae.ops.topk import MOST_WITHOUT_SORT, top_k
 
 _BITS = 32
+_AT_ONCE = 64  # places that are looked for together
 
 
 def compact(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -36,22 +37,36 @@ def _by_top_k(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _by_words(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """All but one pass over the mask works on a 32nd of the row.
+    """All but one pass over the mask works on a 32nd of the row, and for as many places as the fullest row needs.
 
-    That pass packs it into words of 32 bits, word w holding the columns that are w modulo their number. The j-th True
-    entry is in the word in which the running count of bits passes j, and is found within it by halving.
+    That pass packs it into words of 32 bits, word w holding the columns that are w modulo their number.
     """
-    width = mask.shape[-1]
-    words = _pack(mask)
+    width, words = mask.shape[-1], _pack(mask)
     running = jnp.cumsum(lax.population_count(words), axis=-1, dtype=jnp.int32)
-    wanted = jnp.arange(k, dtype=jnp.int32)
-    place = _first_above(running, wanted)
+    count, size = running[:, -1], min(k, _AT_ONCE)
+
+    def find(i: jax.Array, indices: jax.Array) -> jax.Array:
+        places = i * size + jnp.arange(size, dtype=jnp.int32)
+        return lax.dynamic_update_slice_in_dim(indices, _columns(words, running, places, width), i * size, axis=1)
+
+    blocks = -(-k // size)
+    none = jnp.zeros_like(running[:, :1]) + jnp.full((1, blocks * size), width, jnp.int32)
+    needed = jnp.minimum(-(-jnp.max(count, initial=0) // size), blocks)
+    return lax.fori_loop(0, needed, find, none)[:, :k], count
+
+
+def _columns(words: jax.Array, running: jax.Array, places: jax.Array, width: int) -> jax.Array:
+    """[B, n] int32 columns of the True entries with these numbers [n], ``width`` where there are fewer.
+
+    The j-th is in the word in which the running count of bits passes j, and is found within it by halving.
+    """
+    place = _first_above(running, places)
     inside = place < words.shape[-1]
     place = jnp.minimum(place, words.shape[-1] - 1)
     word = jnp.take_along_axis(words, place, axis=-1)
     before = jnp.take_along_axis(running, place, axis=-1) - _ones(word)
-    column = _nth_bit(word, wanted[None, :] - before) * words.shape[-1] + place
-    return jnp.where(inside, column, width), running[:, -1]
+    column = _nth_bit(word, places[None, :] - before) * words.shape[-1] + place
+    return jnp.where(inside, column, width)
 
 
 def _pack(mask: jax.Array) -> jax.Array:
