@@ -127,7 +127,7 @@ def project_block(z_ref: Ref, p_ref: Ref, *, width: int, chunk: int) -> None:
         p_ref[:, at] = _excess(z, top, tau)[0].astype(p_ref.dtype)
         return carry
 
-    _over_chunks(z_ref, width, chunk, write, 0)
+    _over_chunks(z_ref, z_ref.shape[1], chunk, write, 0)  # what is beyond the row's end goes nowhere
 
 
 def _solve(z_ref: Ref, width: int, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -185,11 +185,20 @@ def _over_chunks(
     """``step(columns, scores [rows, chunk] float32, carry)`` over all columns; -inf stands beyond the row's end."""
     whole, rest = divmod(width, chunk)
 
-    def one(i: jax.Array, carry: Carry) -> Carry:
-        at = pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
+    def one(i: Any, carry: Carry) -> Carry:
+        at = pl.ds(i * chunk if isinstance(i, int) else pl.multiple_of(i * chunk, chunk), chunk)
         return step(at, z_ref[:, at].astype(jnp.float32), carry)
 
-    carry = lax.fori_loop(0, whole, one, carry, unroll=_UNROLL if whole >= _UNROLL else True)
+    def several(
+        i: jax.Array, carry: Carry
+    ) -> Carry:  # by hand: over what ``unroll`` leaves, jax 0.11's compiler crashes
+        for j in range(_UNROLL):
+            carry = one(_UNROLL * i + j, carry)
+        return carry
+
+    carry = lax.fori_loop(0, whole // _UNROLL, several, carry)
+    for i in range(whole - whole % _UNROLL, whole):
+        carry = one(i, carry)
     if rest:
         at = pl.ds(whole * chunk, chunk)
         scores = z_ref[:, at].astype(jnp.float32)
