@@ -9,6 +9,7 @@ from jax import lax
 from jax_sae.ops.topk import MOST_WITHOUT_SORT, top_k
 
 _BITS = 32
+_EXACT = 1 << 24  # float32 holds every whole number up to it
 _AT_ONCE = 64  # places that are looked for together
 
 
@@ -23,12 +24,12 @@ def compact(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
       indices: [B, k] int32, each True column once, the used places first, in no particular order; M in the others.
       count: [B] int32, True entries of the row. Where it is above k, only k of them have a place.
     """
-    on_tpu = _by_top_k if k <= MOST_WITHOUT_SORT else _by_words
+    on_tpu = _by_top_k if k <= MOST_WITHOUT_SORT and mask.shape[-1] <= _EXACT else _by_words
     return lax.platform_dependent(mask, tpu=partial(on_tpu, k=k), default=partial(_by_words, k=k))
 
 
 def _by_top_k(mask: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The smallest columns, as float32, which holds whole numbers up to 2^24 exactly."""
+    """The smallest columns, as float32 numbers."""
     width = mask.shape[-1]
     columns = jnp.arange(width, dtype=jnp.float32)[None, :]
     largest, _ = top_k(jnp.where(mask, -columns, -float(width)), min(k, width))
@@ -79,7 +80,7 @@ def _pack(mask: jax.Array) -> jax.Array:
 
 
 def _first_above(ascending: jax.Array, values: jax.Array) -> jax.Array:
-    """[B, k] int32, the place in each row of ``ascending [B, W]`` of the first entry above each value of [k], or W.
+    """[B, k] int32: where in a row of ``ascending [B, W]`` the first entry above each of ``values [k]`` is, or W.
 
     By halving, all rows in step: ``jnp.searchsorted`` under ``vmap`` is the same, but for ``shard_map`` over some axes
     of a mesh, where it fails.

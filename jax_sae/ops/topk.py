@@ -111,7 +111,7 @@ def batch_top_k_threshold(z: jax.Array, count: int | jax.Array, *, axis_name: st
     total = z.size * (1 if axis_name is None else lax.axis_size(axis_name))
     if isinstance(count, int) and not 1 <= count <= total:
         raise ValueError(f"count is {count} for a batch of {total} scores; expected 1 <= count <= {total}")
-    keys = _ordered_integers(lax.stop_gradient(z))
+    keys = _ordered_integers(lax.stop_gradient(z).astype(jnp.float32))
     return _floats(_nth_largest(keys, count, (0, 1), axis_name))[0, 0]
 
 
@@ -125,7 +125,8 @@ def top_k_threshold(z: jax.Array, k: int) -> jax.Array:
     Returns:
       [B] float32, a constant to differentiation.
     """
-    return _floats(_nth_largest(_ordered_integers(lax.stop_gradient(z)), k, (1,)))[:, 0]
+    keys = _ordered_integers(lax.stop_gradient(z).astype(jnp.float32))
+    return _floats(_nth_largest(keys, k, (1,)))[:, 0]
 
 
 def _nth_largest(
@@ -167,13 +168,15 @@ def _nth_largest(
 
 
 def _ordered_integers(z: jax.Array) -> jax.Array:
-    """float32 to int32 of the same order; -0.0 comes just before 0.0, and NaN last."""
-    bits = lax.bitcast_convert_type(_with_one_nan(z.astype(jnp.float32)), jnp.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    """Floats to integers of the same order, of 64 bits for float64 and else 32; -0.0 is below 0.0, NaN the largest."""
+    z = _with_one_nan(z.astype(jnp.promote_types(z.dtype, jnp.float32)))
+    limits = jnp.iinfo(jnp.int64 if z.dtype == jnp.float64 else jnp.int32)
+    bits = lax.bitcast_convert_type(z, limits.dtype)
+    return bits ^ ((bits >> (limits.bits - 1)) & limits.max)
 
 
 def _floats(keys: jax.Array) -> jax.Array:
-    """The inverse of :func:`_ordered_integers`."""
+    """The inverse of :func:`_ordered_integers`, for float32."""
     return lax.bitcast_convert_type(keys ^ ((keys >> 31) & 0x7FFFFFFF), jnp.float32)
 
 

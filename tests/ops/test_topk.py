@@ -59,6 +59,14 @@ def test_the_mask_is_that_of_a_stable_sort(mask_of, kind):
         np.testing.assert_array_equal(mask_of(z, k), expected)
 
 
+def test_float64_scores_that_float32_cannot_tell_apart_are_told_apart(mask_of):
+    with jax.enable_x64(True):
+        z = 1 + 1e-12 * np.random.default_rng(0).permutation(3000)[None]
+        expected = np.zeros(z.shape, bool)
+        np.put_along_axis(expected, np.argsort(-z)[:, :40], True, -1)
+        np.testing.assert_array_equal(mask_of(z, 40), expected)
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_nan_of_either_sign_is_the_largest(mask_of, sign):
     z = np.random.default_rng(0).standard_normal((3, 2000)).astype(np.float32)

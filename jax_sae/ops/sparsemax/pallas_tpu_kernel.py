@@ -189,9 +189,8 @@ def _over_chunks(
         at = pl.ds(i * chunk if isinstance(i, int) else pl.multiple_of(i * chunk, chunk), chunk)
         return step(at, z_ref[:, at].astype(jnp.float32), carry)
 
-    def several(
-        i: jax.Array, carry: Carry
-    ) -> Carry:  # by hand: over what ``unroll`` leaves, jax 0.11's compiler crashes
+    def several(i: jax.Array, carry: Carry) -> Carry:
+        # Unrolled by hand: over the remainder that ``unroll`` leaves, the compiler of jax 0.11 crashes.
         for j in range(_UNROLL):
             carry = one(_UNROLL * i + j, carry)
         return carry
