@@ -53,11 +53,12 @@ def make(name, n_concepts=M, seed=0, **overrides):
     return config, dataclasses.replace(state, model=model, stats=stats), optimizer, x
 
 
+densely, sparsely = jax.jit(dense_gradients), jax.jit(sparse_gradients, static_argnames="capacity")
+
+
 def both(state, x, capacity, **arguments):
-    dense = jax.jit(functools.partial(dense_gradients, **arguments))
-    sparse = jax.jit(functools.partial(sparse_gradients, capacity=Capacity(*capacity), **arguments))
     call = state.model, state.stats, x, jnp.int32(3)
-    return dense(*call), sparse(*call)
+    return densely(*call, **arguments), sparsely(*call, capacity=Capacity(*capacity), **arguments)
 
 
 def assert_equal(dense, sparse, rtol=2e-5, floor=1e-3):
