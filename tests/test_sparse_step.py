@@ -1,7 +1,6 @@
 """The sparse training step gives the numbers of the dense one: losses, gradients, statistics, on every preset."""
 
 import dataclasses
-import functools
 from typing import get_args
 
 import jax
