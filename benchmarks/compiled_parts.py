@@ -74,7 +74,7 @@ def compiled_parts(chips: tuple[str, ...], shape: Shape) -> Iterator[dict[str, s
             yield {
                 "TPU": chip,
                 "part": name,
-                "GFLOP": program.cost.get("flops", 0.0) / GIGA,
+                "GFLOP": program.cost["flops"] / GIGA,
                 "compiler's count MB": program.cost["bytes accessed"] / MB,
                 "temporaries MB": program.memory.temp_size_in_bytes / MB,
                 "modelled cycles, thousands": program.cycles / 1e3,

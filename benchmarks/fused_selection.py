@@ -41,6 +41,8 @@ def fused(query: jax.Array, keys: jax.Array, *, rows: int, columns: int, interpr
       interpret: run without a TPU.
     """
     (batch, d), concepts = query.shape, len(keys)
+    if batch % rows or concepts % columns:
+        raise ValueError(f"{batch} rows and {concepts} keys; expected multiples of {rows} and {columns}")
     held = 2 * (rows * concepts * 4 + columns * d * 2 + rows * d * 2)
     traffic = batch * concepts * 4 + query.nbytes + batch // rows * keys.nbytes
     return pl.pallas_call(

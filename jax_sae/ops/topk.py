@@ -39,8 +39,8 @@ def top_k_mask(z: jax.Array, k: int, keep: jax.Array | None = None) -> jax.Array
       keep: [] int, may be traced, so that one compiled program serves every number up to k; a larger one keeps k.
 
     Returns:
-      [..., M] bool with exactly k (or ``keep``) True per row. Ties go to the lower index; NaN counts as the largest.
-      A constant to differentiation.
+      [..., M] bool with exactly k (or ``keep``) True per row. Ties go to the lower index; NaN counts as the largest,
+      and on TPUs a row that holds one may keep more. A constant to differentiation.
 
     Raises:
       ValueError: k is out of range.

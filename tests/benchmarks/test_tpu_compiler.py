@@ -46,6 +46,12 @@ def test_operations_are_counted_once_whether_or_not_they_are_started_first():
     assert PROGRAM.count("while") == 0
 
 
+def test_cycles_are_those_that_the_compiler_expects_of_every_operation():
+    assert PROGRAM.cycles == 0
+    modelled = '%a = f32[8] add(%b, %c), backend_config={"estimated_cycles":"120","x":"1"}\n'
+    assert Program(2 * modelled, MEMORY, {}).cycles == 240
+
+
 def test_figures_are_of_what_goes_in_and_out_once():
     figures = figures_of("v5e", CASES[0], PROGRAM)
     assert figures == {

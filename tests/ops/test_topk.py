@@ -20,7 +20,13 @@ def test_top_k_mask_equals_a_stable_sort():
         np.testing.assert_array_equal(top_k_mask(jnp.asarray(z), k), expected)
 
 
-def test_top_k_is_that_of_the_definition_whatever_k_is_rounded_up_to():
+@pytest.fixture
+def on_tpu(monkeypatch):
+    """What a TPU would run, run here."""
+    monkeypatch.setattr(topk.lax, "platform_dependent", lambda *arrays, tpu, **_: jax.jit(tpu)(*arrays))
+
+
+def test_top_k_is_that_of_the_definition_whatever_k_is_rounded_up_to(on_tpu):
     z = jnp.asarray(np.random.default_rng(0).standard_normal((5, 700)), jnp.float32)
     for k in (1, 128, 129, 512, 513, 700):
         for found, expected in zip(top_k(z, k), jax.lax.top_k(z, k), strict=True):
@@ -38,12 +44,12 @@ ADVERSARIAL = {
 }
 
 
-@pytest.fixture(params=["list", "halving"])
+@pytest.fixture(params=["cpu", "tpu", "gpu"])
 def mask_of(request, monkeypatch):
-    """``top_k_mask`` as a CPU computes it, and as a GPU does."""
+    """``top_k_mask`` as each platform computes it: from a list, from a longer list where there is one, by halving."""
 
-    def on_platform(*arrays, cpu=None, default, **_):
-        return (cpu if cpu is not None and request.param == "list" else default)(*arrays)
+    def on_platform(*arrays, default, **platforms):
+        return jax.jit(platforms.get(request.param, default))(*arrays)
 
     monkeypatch.setattr(topk.lax, "platform_dependent", on_platform)
     return lambda z, k: np.asarray(top_k_mask(jnp.asarray(z), k))
@@ -68,15 +74,18 @@ def test_float64_scores_that_float32_cannot_tell_apart_are_told_apart(mask_of):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_nan_of_either_sign_is_the_largest(mask_of, sign):
+def test_nan_of_either_sign_is_the_largest(mask_of, sign, request):
+    """A TPU may keep more of a row with NaN, never less."""
+    more = "tpu" in request.node.name
     z = np.random.default_rng(0).standard_normal((3, 2000)).astype(np.float32)
     z[0, 7] = np.inf
     z[1, ::400] = np.copysign(np.float32(np.nan), sign)
     z[2] = np.copysign(np.float32(np.nan), sign)
     for k in (2, 5, 9):
         mask = mask_of(z, k)
-        assert (mask.sum(-1) == k).all()
-        assert mask[0, 7] and mask[1, ::400].sum() == min(k, 5) and mask[2, :k].all()
+        kept, of_nan = mask.sum(-1), mask[1, ::400].sum()
+        assert (kept >= k).all() and of_nan >= min(k, 5) and mask[0, 7] and mask[2, :k].all()
+        assert more or ((kept == k).all() and of_nan == min(k, 5))
 
 
 def test_top_k_mask_takes_leading_dimensions_and_is_a_constant():
