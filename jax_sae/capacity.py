@@ -9,11 +9,11 @@ from jax_sae.sae.config import SAEConfig
 from jax_sae.sae.stats import CAPACITIES, Capacity, SAEStats
 
 # The most places per row, as a share of the concepts, with which the sparse step is the faster one. On a CPU measured
-# with benchmarks.bottleneck; on a GPU from the traffic of its gathers against the rate of the dense products; none on a
-# TPU, whose compiler expects the rows of 64 places of 49,152 to take as long as all in a dense product
-# (benchmarks.compiled_parts).
+# with benchmarks.bottleneck; on a GPU by what the compiled programs read and write, at the rates of an H100 and a B200,
+# for rows of 768 to 4,096 (benchmarks.compiled_gpu); none on a TPU, whose compiler expects the rows of 64 places of
+# 49,152 to take as long as all in a dense product (benchmarks.compiled_parts).
 _WORTHWHILE = {"cpu": 1 / 24, "tpu": 0.0}
-_WORTHWHILE_ELSEWHERE = 1 / 512
+_WORTHWHILE_ELSEWHERE = 1 / 384
 _COVERED = 0.99  # of the steps should fit on average; the others are computed densely
 _ENOUGH_STEPS = 8  # measured, before a capacity is lowered: a new one has to be compiled for
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_sae.ops.topk import MOST_WITHOUT_SORT, top_k
+from jax_sae.ops.largest import MOST_WITHOUT_SORT, top_k
 
 _BITS = 32
 _EXACT = 1 << 24  # float32 holds every whole number up to it
@@ -75,8 +75,9 @@ def _pack(mask: jax.Array) -> jax.Array:
     rows, width = mask.shape
     words = -(-width // _BITS)
     padded = jnp.pad(mask, ((0, 0), (0, words * _BITS - width))).reshape(rows, _BITS, words)
-    bits = padded.astype(jnp.uint32) << jnp.arange(_BITS, dtype=jnp.uint32)[None, :, None]
-    return jnp.sum(bits, axis=1, dtype=jnp.uint32)
+    bits = jnp.uint32(1) << jnp.arange(_BITS, dtype=jnp.uint32)
+    # Not the mask as numbers, shifted: XLA would turn those in memory on a GPU.
+    return jnp.sum(jnp.where(padded, bits[None, :, None], jnp.uint32(0)), axis=1, dtype=jnp.uint32)
 
 
 def _first_above(ascending: jax.Array, values: jax.Array) -> jax.Array:

@@ -129,7 +129,9 @@ def accumulate_rows(weights: jax.Array, blocks: Blocks, rows: jax.Array, n: int)
         return lax.scan(add, jnp.zeros((n, rows.shape[-1]), rows.dtype), (weights, indices, owner))[0]
 
     def together(weights: jax.Array, indices: jax.Array, owner: jax.Array, rows: jax.Array) -> jax.Array:
-        terms = jnp.einsum("nts,ntd->nsd", weights, _take(rows, owner))
+        taken = _take(rows, owner)
+        # Not a product of matrices: its result, [N, S, d], would go through memory on a GPU.
+        terms = sum(weights[:, t, :, None] * taken[:, t, None] for t in range(taken.shape[1]))
         return jnp.zeros((n, rows.shape[-1]), rows.dtype).at[indices].add(terms, mode="drop")
 
     weights = _to_blocks(weights, blocks)

@@ -1,33 +1,21 @@
 """Selection of the largest scores: per row, and over a whole batch."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from jax_sae.ops.maxima import group_maxima
+from jax_sae.ops.compaction import compact
+from jax_sae.ops.largest import MOST_WITHOUT_SORT, top_k
+from jax_sae.ops.maxima import GROUPS, group_maxima
 
-_NATIVE_ON_TPU = (128, 512)
-MOST_WITHOUT_SORT = _NATIVE_ON_TPU[-1]
+_MOST_FROM_MAXIMA = GROUPS * 3 // 4  # of more than these, too many scores reach the bound that maxima give
+_GATHERED = 512  # scores of a row, for the largest of a whole batch
 
-
-def top_k(z: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """``lax.top_k`` of rows [B, M]: (values, indices) [B, k].
-
-    A TPU has it natively, in one read of the rows, for the 128 and the 512 largest alone; other numbers become a sort
-    or a copy of the rows first. So as many are taken there, and the first k of them kept. The barrier keeps the
-    compiler from making them the k largest again, the layout from turning the rows to suit what is kept.
-    """
-    size = next((size for size in _NATIVE_ON_TPU if k <= size <= z.shape[-1]), k)
-
-    def taken(z: jax.Array) -> tuple[jax.Array, ...]:
-        found = tuple(with_layout_constraint(found, Layout((0, 1))) for found in lax.top_k(z, size))
-        return tuple(found[:, :k] for found in lax.optimization_barrier(found))
-
-    values, indices = lax.platform_dependent(z, tpu=taken, default=lambda z: tuple(lax.top_k(z, k)))
-    return values, indices
+Selected = tuple[jax.Array, jax.Array]
+Selector = Callable[[jax.Array, jax.Array, jax.Array], Selected]
 
 
 def top_k_mask(z: jax.Array, k: int, keep: jax.Array | None = None) -> jax.Array:
@@ -50,41 +38,84 @@ def top_k_mask(z: jax.Array, k: int, keep: jax.Array | None = None) -> jax.Array
         raise ValueError(f"k is {k} for rows of {width} scores; expected 1 <= k <= {width}")
     rows = lax.stop_gradient(z).reshape(-1, width)
     kept = jnp.int32(k) if keep is None else jnp.clip(jnp.asarray(keep, jnp.int32), 1, k)
-    listed = partial(_last_of_list, k=k)
-    on_cpu = lambda rows, n: listed(_with_one_nan(rows), n)  # noqa: E731
-    on_tpu = listed if k <= MOST_WITHOUT_SORT else _last_by_halving  # the rows as they are: no copy of them is written
-    key, column = lax.platform_dependent(rows, kept, cpu=on_cpu, tpu=on_tpu, default=_last_by_halving)
+    on_cpu = partial(_last_of_candidates, k=k, few=_last_of_few_by_halving, many=partial(_last_of_one_list, k=k))
+    on_tpu = partial(_last_of_list, k=k) if k <= MOST_WITHOUT_SORT else _last_by_halving
+    on_gpu = partial(_last_of_candidates, k=k, few=_last_of_few_by_sorting, many=_last_by_halving)
+    key, column = lax.platform_dependent(rows, kept, cpu=on_cpu, tpu=on_tpu, default=on_gpu)
     keys = _ordered_integers(rows)
-    before = jnp.arange(width, dtype=jnp.int32)[None, :] <= column
+    before = _columns(rows) <= column
     mask = (keys > key) | ((keys == key) & before)
     return (mask if keep is None else mask & (keep > 0)).reshape(z.shape)
 
 
-def _last_of_list(rows: jax.Array, n: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """([B, 1] key of the n-th largest entry, [B, 1] its column), n up to k; of equal entries the first are larger."""
-    values, indices = top_k(rows, k)
+def _last_of_candidates(
+    rows: jax.Array, n: jax.Array, *, k: int, few: Selector, many: Callable[[jax.Array, jax.Array], Selected]
+) -> Selected:
+    """([B, 1] key of the n-th largest entry, [B, 1] its column), n up to k; of equal entries the first are larger.
+
+    At least k entries reach the k-th largest maximum of groups, and few others do: they are gathered, and ``few``
+    finds it among these. ``many`` finds it in whole rows, where more reach it than are gathered.
+    """
+    maxima = group_maxima(rows)
+    if maxima is rows:
+        return few(_ordered_integers(rows), _columns(rows), n)
+    if k > _MOST_FROM_MAXIMA:
+        return many(rows, n)
+    room = 2 * k + 64
+    bound, _ = few(_ordered_integers(maxima), _columns(maxima), jnp.int32(k))
+    columns, count = compact(_ordered_integers(rows) >= bound, room)
+    scores = jnp.take_along_axis(rows, columns, axis=-1, mode="fill", fill_value=-jnp.inf)
+    found = few(_ordered_integers(scores), columns, n)
+    return lax.cond(jnp.any(count > room), many, lambda *_: found, rows, n)
+
+
+def _last_of_few_by_halving(keys: jax.Array, columns: jax.Array, n: jax.Array) -> Selected:
+    """The n-th largest of ``keys [B, n]`` with its entry in ``columns [B, n]``: between bounds that close in."""
+    key = _nth_largest(keys, n, (1,))
+    wanted = n - jnp.sum(keys > key, 1, keepdims=True, dtype=jnp.int32)
+    tied = jnp.where(keys == key, columns, jnp.iinfo(jnp.int32).max)
+    return key, -_nth_largest(-tied, wanted, (1,))
+
+
+def _last_of_few_by_sorting(keys: jax.Array, columns: jax.Array, n: jax.Array) -> Selected:
+    """As :func:`_last_of_few_by_halving`. On GPUs a sort of short rows is one kernel, a loop waits for the host."""
+    columns = jnp.broadcast_to(columns, keys.shape)
+    descending, columns = lax.sort((~keys, columns), dimension=1, num_keys=2)
+    key, column = (lax.dynamic_index_in_dim(found, n - 1, axis=1) for found in (descending, columns))
+    return ~key, column
+
+
+def _last_of_list(rows: jax.Array, n: jax.Array, k: int) -> Selected:
+    """As :func:`_last_of_candidates`, from the k largest in order."""
+    # The barrier keeps XLA from making these the n-th of a sort of the whole rows.
+    values, indices = lax.optimization_barrier(top_k(rows, k))
     value, column = (lax.dynamic_index_in_dim(found, n - 1, axis=1) for found in (values, indices))
     return _ordered_integers(value), column
 
 
-def _last_by_halving(rows: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As :func:`_last_of_list` in sweeps, without a sort; the key may be a smaller one that no other entry reaches."""
-    width, keys, maxima = rows.shape[-1], _ordered_integers(rows), _ordered_integers(group_maxima(rows))
+def _last_of_one_list(rows: jax.Array, n: jax.Array, k: int) -> Selected:
+    """:func:`_last_of_list` whose NaN all come first; it writes a copy of the rows."""
+    return _last_of_list(_with_one_nan(rows), n, k)
+
+
+def _last_by_halving(rows: jax.Array, n: jax.Array) -> Selected:
+    """As :func:`_last_of_candidates` in sweeps; the key may be a smaller one that no other entry reaches."""
+    keys, maxima = _ordered_integers(rows), _ordered_integers(group_maxima(rows))
     bound = _nth_largest(maxima, jnp.minimum(n, maxima.shape[-1]), (1,))  # where there are n: as many scores reach it
     low = jnp.where(n <= maxima.shape[-1], bound, jnp.min(keys, 1, keepdims=True))
     key = _nth_largest(keys, n, (1,), low=low, exact=False)
     tied = keys == key
     wanted = n - jnp.sum(keys > key, 1, keepdims=True, dtype=jnp.int32)
-    columns = jnp.arange(width, dtype=jnp.int32)[None, :]
+    columns = _columns(rows)
 
-    def halve(bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(bracket: Selected) -> Selected:
         """Keeps: fewer than ``wanted`` are tied in columns < low, enough in columns <= high."""
         low, high = bracket
         middle = (low + high) // 2
         enough = jnp.sum(tied & (columns <= middle), 1, keepdims=True, dtype=jnp.int32) >= wanted
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-    last = jnp.full_like(wanted, width - 1)
+    last = jnp.full_like(wanted, rows.shape[-1] - 1)
     all_wanted = jnp.sum(tied, 1, keepdims=True, dtype=jnp.int32) == wanted
     unfinished = lambda bracket: jnp.any(bracket[0] < bracket[1])  # noqa: E731
     return key, lax.while_loop(unfinished, halve, (jnp.where(all_wanted, last, 0), last))[1]
@@ -93,8 +124,9 @@ def _last_by_halving(rows: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Arra
 def batch_top_k_threshold(z: jax.Array, count: int | jax.Array, *, axis_name: str | None = None) -> jax.Array:
     """The ``count``-th largest of all scores of a batch, exactly.
 
-    By bisection on the integers whose order is that of the floats: at most 32 counting sweeps, which need
-    neither a sort nor a gather, so the batch may be split over devices.
+    By bisection on the integers whose order is that of the floats, in at most 32 counting sweeps: over the scores that
+    reach a bound from maxima of groups, gathered, or over all where some row has too many of these. Neither needs a
+    sort, and the batch may be split over devices.
 
     Args:
       z: [B, M] scores without NaN; this device's rows when ``axis_name`` is given. Computed in float32.
@@ -111,8 +143,24 @@ def batch_top_k_threshold(z: jax.Array, count: int | jax.Array, *, axis_name: st
     total = z.size * (1 if axis_name is None else lax.axis_size(axis_name))
     if isinstance(count, int) and not 1 <= count <= total:
         raise ValueError(f"count is {count} for a batch of {total} scores; expected 1 <= count <= {total}")
-    keys = _ordered_integers(lax.stop_gradient(z).astype(jnp.float32))
-    return _floats(_nth_largest(keys, count, (0, 1), axis_name))[0, 0]
+    z = lax.stop_gradient(z).astype(jnp.float32)
+    return _floats(_nth_of_batch(z, jnp.asarray(count, jnp.int32), axis_name))[0, 0]
+
+
+def _nth_of_batch(z: jax.Array, n: jax.Array, axis_name: str | None) -> jax.Array:
+    """[1, 1] key of the n-th largest of all."""
+    nth = partial(_nth_largest, axes=(0, 1), axis_name=axis_name)
+    maxima, keys = group_maxima(z), _ordered_integers(z)
+    if maxima is z:
+        return nth(keys, n)
+    of_maxima = maxima.size * (1 if axis_name is None else lax.axis_size(axis_name))
+    bound = nth(_ordered_integers(maxima), jnp.minimum(n, of_maxima))
+    columns, count = compact(keys >= bound, _GATHERED)
+    full = (n > of_maxima) | jnp.any(count > _GATHERED)
+    if axis_name is not None:
+        full = lax.pmax(full, axis_name)
+    found = jnp.take_along_axis(z, columns, axis=-1, mode="fill", fill_value=-jnp.inf)
+    return lax.cond(full, lambda: nth(keys, n), lambda: nth(_ordered_integers(found), n))
 
 
 def top_k_threshold(z: jax.Array, k: int) -> jax.Array:
@@ -126,7 +174,9 @@ def top_k_threshold(z: jax.Array, k: int) -> jax.Array:
       [B] float32, a constant to differentiation.
     """
     keys = _ordered_integers(lax.stop_gradient(z).astype(jnp.float32))
-    return _floats(_nth_largest(keys, k, (1,)))[:, 0]
+    halved, sorted_ = (partial(few, n=jnp.int32(k)) for few in (_last_of_few_by_halving, _last_of_few_by_sorting))
+    key, _ = lax.platform_dependent(keys, _columns(keys), cpu=halved, tpu=halved, default=sorted_)
+    return _floats(key)[:, 0]
 
 
 def _nth_largest(
@@ -165,6 +215,11 @@ def _nth_largest(
         return low, high if exact else jnp.where(reached == n, low, high)
 
     return lax.while_loop(lambda bracket: jnp.any(bracket[0] < bracket[1]), halve, (low, high))[0]
+
+
+def _columns(rows: jax.Array) -> jax.Array:
+    """[1, M] int32, the number of every column."""
+    return jnp.arange(rows.shape[-1], dtype=jnp.int32)[None, :]
 
 
 def _ordered_integers(z: jax.Array) -> jax.Array:

@@ -168,5 +168,9 @@ def _step_gradients(
 
 
 def mean_active(activations: jax.Array) -> jax.Array:
-    """[] mean over rows of the number of nonzero activations [B, ...]."""
-    return jnp.mean(jnp.sum(activations != 0, axis=-1), dtype=jnp.float32)
+    """[] mean over rows of the number of nonzero activations [B, n].
+
+    Counted for each column first, as the firing of concepts is: all of it is one pass over the activations then.
+    """
+    counts = jnp.sum(activations != 0, axis=0, dtype=jnp.int32).astype(jnp.float32)
+    return jnp.sum(counts) / activations.shape[0]

@@ -9,7 +9,6 @@ import ctypes
 import functools
 import json
 import os
-import re
 import sys
 
 os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
@@ -17,11 +16,10 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_D
 import jax
 import jax.numpy as jnp
 
-from jax_sae import sparsemax, top_k_mask
-from jax_sae.ops.compaction import compact
+from benchmarks.gpu_compiler import compile_for
+from jax_sae import sparsemax
 from jax_sae.ops.sparsemax import pallas_gpu_kernel
 from jax_sae.ops.sparsemax.pallas_gpu import PALLAS_GPU, Plan
-from tests.compiled_cuda.target import compile_for, over_memory
 
 # Rows that stay in shared memory, that are streamed, of odd widths, and the longest that stay.
 SHAPES = {
@@ -48,10 +46,6 @@ def pullback(z, g):
     return jax.vjp(kernel, z)[1](g)[0]
 
 
-def places(z):
-    return compact(z > 0, 64)
-
-
 def beyond_memory(z):
     return pallas_gpu_kernel.solve(z, Plan(65_536, lines=32, slots=8), project=True)
 
@@ -64,28 +58,25 @@ def programs():
     yield "batch", jax.vmap(kernel), (3, 1, 5001), jnp.float32
     for dtype in "float32", "bfloat16":
         yield f"gradient {dtype}", pullback, (1000, 49_152), dtype
-    yield "mask of the 64 largest", functools.partial(top_k_mask, k=64), (1024, 49_152), jnp.float32
-    yield "places", places, (1024, 49_152), jnp.float32
     yield "beyond memory", beyond_memory, (2, 65_536), jnp.float32
 
 
-def summary(target, function, shape, dtype):
+def summary(chip, function, shape, dtype):
     z = jax.ShapeDtypeStruct(shape, dtype)
     try:
-        compiled = compile_for(target, function, *[z] * (2 if function is pullback else 1))
+        program = compile_for(chip, function, *[z] * (2 if function is pullback else 1))
     except Exception as error:
         return {"error": str(error)}
     return {
-        "sorts and scatters": len(re.findall(r"\bsort|scatter|TopK", compiled.as_text())),
-        "kernels": compiled.as_text().count('custom_call_target="mosaic_gpu'),
-        "over memory": over_memory(compiled, z.size),
-        "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+        "kernels": program.kernels,
+        "over memory": program.passes(z.size),
+        "temporaries": program.memory.temp_size_in_bytes,
     }
 
 
-def main(target):
+def main(chip):
     for name, *program in programs():
-        found = summary(target, *program)
+        found = summary(chip, *program)
         ctypes.CDLL(None).fflush(None)  # what the compilers wrote comes before the summary
         print("\nSUMMARY", json.dumps({"program": name} | found), flush=True)
 

@@ -1,7 +1,4 @@
-"""The kernel of sparsemax, and selection, through the compilers of XLA, Mosaic GPU and NVIDIA's ptxas.
-
-The GPUs are not there.
-"""
+"""The kernel of sparsemax through the compilers of XLA, Mosaic GPU and NVIDIA's ptxas. The GPUs are not there."""
 
 import json
 import re
@@ -82,9 +79,3 @@ def test_the_gradient_goes_over_memory_twice(built, dtype):
     # p and its cotangent to two sums (in float32 the mask of the support is kept); then the gradient.
     assert sums == ["fusion", 2, 1 if dtype == "float32" else 0]
     assert gradient == ["fusion", 2, 1]
-
-
-@pytest.mark.parametrize("name", ["mask of the 64 largest", "places"])
-def test_selection_neither_sorts_nor_scatters(built, name):
-    summary, _ = built[name]
-    assert summary["sorts and scatters"] == 0

@@ -8,7 +8,7 @@ import pytest
 import jax_sae
 from tests.ops.reference import scores, sparsemax_rows
 
-IMPLEMENTATIONS = ["xla", "sort"]
+IMPLEMENTATIONS = ["xla", "xla on a TPU", "xla on a GPU", "sort"]
 
 sparsemax = jax.jit(jax_sae.sparsemax, static_argnames=("axis", "implementation"))
 

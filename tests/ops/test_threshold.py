@@ -11,7 +11,7 @@ import jax_sae
 from jax_sae.ops.sparsemax import xla
 from tests.ops.reference import sparsemax_rows
 
-IMPLEMENTATIONS = ["xla", "sort"]
+IMPLEMENTATIONS = ["xla", "xla on a TPU", "xla on a GPU", "sort"]
 
 sparsemax = jax.jit(jax_sae.sparsemax, static_argnames="implementation")
 sparsemax_threshold = jax.jit(jax_sae.sparsemax_threshold, static_argnames=("axis", "implementation"))

@@ -9,7 +9,7 @@ import pytest
 
 from jax_sae import batch_top_k_threshold, top_k_mask
 from jax_sae.ops import top_k_threshold, topk
-from jax_sae.ops.topk import top_k
+from jax_sae.ops.largest import top_k
 
 
 def test_top_k_mask_equals_a_stable_sort():
@@ -45,13 +45,17 @@ ADVERSARIAL = {
 
 
 @pytest.fixture(params=["cpu", "tpu", "gpu"])
-def mask_of(request, monkeypatch):
-    """``top_k_mask`` as each platform computes it: from a list, from a longer list where there is one, by halving."""
+def platform(request, monkeypatch):
+    """What each platform would run, run here."""
 
     def on_platform(*arrays, default, **platforms):
         return jax.jit(platforms.get(request.param, default))(*arrays)
 
     monkeypatch.setattr(topk.lax, "platform_dependent", on_platform)
+
+
+@pytest.fixture
+def mask_of(platform):
     return lambda z, k: np.asarray(top_k_mask(jnp.asarray(z), k))
 
 
@@ -116,16 +120,26 @@ def test_top_k_mask_names_a_k_out_of_range(k):
         top_k_mask(jnp.zeros((2, 9)), k)
 
 
-@pytest.mark.parametrize("kind", ["normal", "positive part", "ties", "tiny", "huge"])
-@pytest.mark.parametrize("count", [1, 2, 37, 799, 800])
-def test_batch_threshold_is_the_count_th_largest(kind, count):
-    z = np.random.default_rng(5).standard_normal((20, 40)).astype(np.float32)
+@pytest.mark.parametrize("k", [20, 384, 600])
+def test_no_whole_row_is_sorted(k):
+    """XLA makes a sort, a hundred times slower, of taking the k largest and then the last of them, if it may."""
+    program = jax.jit(functools.partial(top_k_mask, k=k)).lower(jnp.zeros((4, 40_000))).compile()
+    assert " sort(" not in program.as_text()
+
+
+@pytest.mark.parametrize("kind", ["normal", "positive part", "ties", "tiny", "huge", "one row"])
+@pytest.mark.parametrize(
+    ("width", "count"), [*((40, count) for count in (1, 2, 37, 799, 800)), (3000, 20), (3000, 900)]
+)
+def test_batch_threshold_is_the_count_th_largest(kind, width, count):
+    z = np.random.default_rng(5).standard_normal((20, width)).astype(np.float32)
     z = {
         "normal": z,
         "positive part": np.maximum(z, 0),
         "ties": np.round(z),
         "tiny": z * np.float32(1e-38),
         "huge": z * np.float32(1e37),
+        "one row": z + 100 * (np.arange(20)[:, None] == 3).astype(np.float32),  # that has most of what is large
     }[kind]
     with np.errstate(under="ignore"):
         assert batch_top_k_threshold(jnp.asarray(z), count) == np.sort(z.ravel())[-count]
@@ -138,10 +152,14 @@ def test_batch_threshold_takes_a_traced_count():
     np.testing.assert_array_equal(found, np.sort(z.ravel())[-np.asarray(counts)])
 
 
-def test_batch_threshold_over_eight_devices_is_that_of_the_whole_batch():
-    z = np.random.default_rng(6).standard_normal((32, 50)).astype(np.float32)
-    f = jax.pmap(functools.partial(batch_top_k_threshold, count=100, axis_name="data"), axis_name="data")
-    np.testing.assert_array_equal(f(z.reshape(8, 4, 50)), np.full(8, np.sort(z.ravel())[-100]))
+@pytest.mark.parametrize("width", [50, 3000])
+@pytest.mark.parametrize("first", [0.0, 100.0])
+def test_batch_threshold_over_eight_devices_is_that_of_the_whole_batch(width, first):
+    """Also where only one device has a row too full to be gathered."""
+    z = np.random.default_rng(6).standard_normal((32, width)).astype(np.float32)
+    z[0] += first
+    f = jax.pmap(functools.partial(batch_top_k_threshold, count=1000, axis_name="data"), axis_name="data")
+    np.testing.assert_array_equal(f(z.reshape(8, 4, width)), np.full(8, np.sort(z.ravel())[-1000]))
 
 
 @pytest.mark.parametrize("count", [0, 13])
@@ -152,7 +170,7 @@ def test_batch_threshold_names_a_count_out_of_range(count):
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "extremes"])
 @pytest.mark.parametrize("k", [1, 7, 30])
-def test_row_threshold_is_the_kth_largest_of_each_row(kind, k):
+def test_row_threshold_is_the_kth_largest_of_each_row(kind, k, platform):
     rng = np.random.default_rng(2)
     z = {
         "normal": rng.standard_normal((50, 30)),

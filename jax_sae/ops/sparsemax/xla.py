@@ -49,23 +49,30 @@ def newton_threshold(z: jax.Array, axis_name: str | None = None) -> Threshold:
 
     On CPU the scores above that bound, a few more than the support, are gathered first, and Newton's method goes over
     these alone; only rows with more of them than are gathered are swept whole. A sweep is a loop over chunks of
-    columns, which XLA vectorises there as it does not the plain reduction.
+    columns, which XLA vectorises there as it does not the plain reduction. On GPUs short rows, the maxima among them,
+    are sorted: that is one kernel, and a loop waits for the host in every step.
     """
-    swept = partial(_solve, axis_name=axis_name, sweep=_plain_sums)
-    on_cpu = partial(_solve, axis_name=axis_name, sweep=_chunked_sums, gather=axis_name is None)
-    return lax.platform_dependent(z, cpu=on_cpu, default=swept)
+    ways = {platform: partial(solve, axis_name=axis_name) for platform, solve in BY_PLATFORM.items()}
+    return lax.platform_dependent(z, **ways)
 
 
-def _solve(z: jax.Array, *, axis_name: str | None, sweep: Sweep, gather: bool = False) -> Threshold:
+def _solve(z: jax.Array, axis_name: str | None, *, sweep: Sweep, gather: bool = False, sort: bool = False) -> Threshold:
+    """``gather`` and ``sort`` are for whole rows, and do nothing with ``axis_name``."""
+    gather, sort = gather and axis_name is None, sort and axis_name is None
     dtype = compute_dtype(z)
     maxima = group_maxima(z)
+    if sort and maxima is z:
+        return sort_threshold(z)
     top = jnp.max(maxima, axis=-1, keepdims=True).astype(dtype)
     if axis_name is not None:
         top = lax.pmax(top, axis_name)
     anchor = jnp.where(jnp.isfinite(top), top, 0)  # a row with an infinite maximum has no threshold anyway
     start, found, open_rows = jnp.full_like(top, -1), None, jnp.full_like(top, True, dtype=bool)
     if maxima is not z:
-        below, _ = _newton(partial(sweep, maxima, anchor), start, axis_name, open_rows)
+        if sort:
+            _, below, _ = sort_threshold(maxima)
+        else:
+            below, _ = _newton(partial(sweep, maxima, anchor), start, axis_name, open_rows)
         # Rounding must not push the start above the threshold: f >= 0 there keeps Newton monotone.
         start = jnp.maximum(below - 8 * jnp.finfo(dtype).eps, start)
         if gather:
@@ -140,6 +147,14 @@ def _excess(z: jax.Array, anchor: jax.Array, tau: jax.Array) -> Sums:
     """max(z - anchor - tau, 0), which keeps NaN as ``max`` may not on CPU, and 1 where it is positive."""
     above = (z.astype(anchor.dtype) - anchor) - tau
     return jnp.where(above <= 0, 0, above), (above > 0).astype(anchor.dtype)
+
+
+BY_PLATFORM = {
+    "cpu": partial(_solve, sweep=_chunked_sums, gather=True),
+    "tpu": partial(_solve, sweep=_plain_sums),
+    "default": partial(_solve, sweep=_plain_sums, sort=True),
+}
+"""What :func:`newton_threshold` is on each platform; ``default`` is for GPUs."""
 
 
 def _project_by(
