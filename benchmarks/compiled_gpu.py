@@ -125,7 +125,8 @@ def break_even(chip: str, shape: Shape, preset: Preset, moved: tuple[int, int]) 
     dense = limit(CHIPS[chip], shape, DENSE_STEP, moved[0], 0)
     none, one = (limit(CHIPS[chip], shape, work, moved[1], places) for places in (0, 1))
     places = (dense - none) / (one - none)
-    return {"GPU": chip, "preset": preset, "places per row": places, "one concept in": shape.concepts / places}
+    line: dict[str, str | float] = {"GPU": chip, "preset": preset, "width of a row": shape.d}
+    return line | {"places per row": places, "one concept in": shape.concepts / places}
 
 
 def tables(
@@ -149,7 +150,7 @@ def main(
     chips: tuple[str, ...] = tuple(CHIPS),
     presets: tuple[Preset, ...] = tuple(SPARSE_STEP),
     rows: int = 4096,
-    d: int = 768,
+    widths: tuple[int, ...] = (768, 4096),
     concepts: int = 49_152,
 ) -> None:
     """Compile a training step and its parts for GPUs and tabulate what they move.
@@ -158,13 +159,18 @@ def main(
       chips: names of benchmarks.gpu_compiler.CHIPS.
       presets: of the steps, out of sparsemax and topk.
       rows: of a batch.
-      d: width of a row.
+      widths: of a row, a table for each.
       concepts: of the dictionary.
     """
     jax.config.update("jax_platforms", "cpu")
-    lines, even = tables(chips, Shape(rows, d, concepts), presets)
-    title = f"{rows} x {d}, {concepts} concepts, {PLACES} places. Compiled only: nothing of this has run on a GPU."
-    publish("compiled_gpu", [], figures=[Figures(title, tuple(lines)), Figures("Break-even, by limits", tuple(even))])
+    figures, all_even = [], []
+    for d in widths:
+        lines, even = tables(chips, Shape(rows, d, concepts), presets)
+        title = f"{rows} x {d}, {concepts} concepts, {PLACES} places. Compiled only: nothing of this has run on a GPU."
+        figures.append(Figures(title, tuple(lines)))
+        all_even += even
+    figures.append(Figures("Dense and sparse steps have the same limit", tuple(all_even)))
+    publish("compiled_gpu", [], figures=figures)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from benchmarks import compiled_gpu, results
 def test_dense_and_sparse_steps_stand_side_by_side_with_where_they_cost_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     rows, d, concepts = 512, 64, 16_384
-    compiled_gpu.main(("h100",), ("sparsemax",), rows, d, concepts)
+    compiled_gpu.main(("h100",), ("sparsemax",), rows, (d,), concepts)
     (written,) = tmp_path.rglob("compiled_gpu.json")
     programs, even = json.loads(written.read_text())["figures"]
     assert "nothing of this has run" in programs["title"]
