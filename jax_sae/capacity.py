@@ -5,6 +5,7 @@ import bisect
 import jax
 import numpy as np
 
+from jax_sae.ops.rows import BLOCK
 from jax_sae.sae.config import SAEConfig
 from jax_sae.sae.stats import CAPACITIES, Capacity, SAEStats
 
@@ -53,7 +54,7 @@ def choose_capacity(config: SAEConfig, stats: SAEStats, limit: int | None) -> Ca
     of_row, of_mean = _covering(needs[0], steps) + 1, _covering(needs[1], _COVERED * steps)
     if of_mean >= len(CAPACITIES) or CAPACITIES[of_mean] > limit or needs[0][-1] > (1 - _COVERED) * steps:
         return None  # it would not pay, or there are rows that no capacity holds
-    mean = CAPACITIES[of_mean]
+    mean = max(CAPACITIES[of_mean], _most_on_average(config, limit))
     row = CAPACITIES[bisect.bisect_left(CAPACITIES, max(least_places(config), mean))]
     wanted = Capacity(max(row, CAPACITIES[min(of_row, len(CAPACITIES) - 1)]), mean)
     grows = wanted.row > now.row or wanted.mean > now.mean
@@ -63,6 +64,17 @@ def choose_capacity(config: SAEConfig, stats: SAEStats, limit: int | None) -> Ca
 def _covering(needs: np.ndarray, steps: float) -> int:
     """The first of CAPACITIES, by its number, that was enough in so many steps."""
     return int(np.searchsorted(np.cumsum(needs), steps))
+
+
+def _most_on_average(config: SAEConfig, limit: int) -> int:
+    """The capacity that no batch passes, where there is one that pays; else 0.
+
+    batch_topk keeps k of a row on average, and the places of a row are counted in whole blocks.
+    """
+    if config.activation != "batch_topk":
+        return 0
+    enough = [capacity for capacity in CAPACITIES if config.k + BLOCK - 1 <= capacity <= limit]
+    return enough[0] if enough else 0
 
 
 def least_places(config: SAEConfig) -> int:

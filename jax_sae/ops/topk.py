@@ -12,7 +12,9 @@ from jax_sae.ops.largest import MOST_WITHOUT_SORT, top_k
 from jax_sae.ops.maxima import GROUPS, group_maxima
 
 _MOST_FROM_MAXIMA = GROUPS * 3 // 4  # of more than these, too many scores reach the bound that maxima give
-_GATHERED = 512  # scores of a row, for the largest of a whole batch
+_FIRST_STEP = 1 << 20  # of keys: an eighth of a doubling of the score
+_LARGEST_STEP = 1 << 29
+_ROWS = 8
 
 Selected = tuple[jax.Array, jax.Array]
 Selector = Callable[[jax.Array, jax.Array, jax.Array], Selected]
@@ -124,9 +126,9 @@ def _last_by_halving(rows: jax.Array, n: jax.Array) -> Selected:
 def batch_top_k_threshold(z: jax.Array, count: int | jax.Array, *, axis_name: str | None = None) -> jax.Array:
     """The ``count``-th largest of all scores of a batch, exactly.
 
-    By bisection on the integers whose order is that of the floats, in at most 32 counting sweeps: over the scores that
-    reach a bound from maxima of groups, gathered, or over all where some row has too many of these. Neither needs a
-    sort, and the batch may be split over devices.
+    By bisection on the integers whose order is that of the floats, in counting sweeps that need neither a sort nor a
+    gather, so the batch may be split over devices. It starts at a close lower bound, from maxima of groups, and takes
+    some 15 sweeps.
 
     Args:
       z: [B, M] scores without NaN; this device's rows when ``axis_name`` is given. Computed in float32.
@@ -143,24 +145,56 @@ def batch_top_k_threshold(z: jax.Array, count: int | jax.Array, *, axis_name: st
     total = z.size * (1 if axis_name is None else lax.axis_size(axis_name))
     if isinstance(count, int) and not 1 <= count <= total:
         raise ValueError(f"count is {count} for a batch of {total} scores; expected 1 <= count <= {total}")
-    z = lax.stop_gradient(z).astype(jnp.float32)
-    return _floats(_nth_of_batch(z, jnp.asarray(count, jnp.int32), axis_name))[0, 0]
+    return _nth_of_batch(lax.stop_gradient(z).astype(jnp.float32), jnp.asarray(count, jnp.int32), axis_name)
 
 
 def _nth_of_batch(z: jax.Array, n: jax.Array, axis_name: str | None) -> jax.Array:
-    """[1, 1] key of the n-th largest of all."""
-    nth = partial(_nth_largest, axes=(0, 1), axis_name=axis_name)
-    maxima, keys = group_maxima(z), _ordered_integers(z)
-    if maxima is z:
-        return nth(keys, n)
-    of_maxima = maxima.size * (1 if axis_name is None else lax.axis_size(axis_name))
-    bound = nth(_ordered_integers(maxima), jnp.minimum(n, of_maxima))
-    columns, count = compact(keys >= bound, _GATHERED)
-    full = (n > of_maxima) | jnp.any(count > _GATHERED)
-    if axis_name is not None:
-        full = lax.pmax(full, axis_name)
-    found = jnp.take_along_axis(z, columns, axis=-1, mode="fill", fill_value=-jnp.inf)
-    return lax.cond(full, lambda: nth(keys, n), lambda: nth(_ordered_integers(found), n))
+    """[] the n-th largest of all."""
+    over_devices = lambda reduce, x: x if axis_name is None else reduce(x, axis_name)  # noqa: E731
+    groups = group_maxima(z)
+    maxima = _ordered_integers(groups)
+    of_maxima = over_devices(lax.psum, jnp.int32(maxima.size))
+    bound = _nth_largest(maxima, jnp.minimum(n, of_maxima), (0, 1), axis_name)[0, 0]
+    if groups is z:
+        return _floats(bound)
+    low = jnp.where(n <= of_maxima, bound, _ordered_integers(jnp.float32(-jnp.inf)))
+    high = over_devices(lax.pmax, jnp.max(maxima))
+
+    def narrow(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Keeps: at least n are >= low, fewer are > high. Until high is found, steps from low double."""
+        low, high, step = carry
+        pivot = low + jnp.minimum(_middle(low, high) - low, step)
+        reached = over_devices(lax.psum, lax.platform_dependent(z, pivot, cpu=_count_by_rows, default=_count))
+        enough = reached >= n
+        below = jnp.where(reached == n, pivot, pivot - 1)  # nothing between them is wanted then
+        return (
+            jnp.where(enough, pivot, low),
+            jnp.where(enough & (reached > n), high, below),
+            jnp.minimum(step, _LARGEST_STEP) * 2,
+        )
+
+    first = jnp.zeros_like(low) + _FIRST_STEP
+    low, _, _ = lax.while_loop(lambda carry: carry[0] < carry[1], narrow, (low, high, first))
+    kept = jnp.where(_ordered_integers(z) >= low, z, jnp.inf)
+    return over_devices(lax.pmin, jnp.min(kept))
+
+
+def _count(z: jax.Array, key: jax.Array) -> jax.Array:
+    """[] how many scores have a key of at least this one."""
+    return jnp.sum(_ordered_integers(z) >= key, dtype=jnp.int32)
+
+
+def _count_by_rows(z: jax.Array, key: jax.Array) -> jax.Array:
+    """:func:`_count` as a loop over a few rows at a time, which XLA vectorises on a CPU as it does not a reduction."""
+    whole = len(z) // _ROWS * _ROWS
+
+    def add(i: jax.Array, counts: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice_in_dim(z, i * _ROWS, _ROWS)
+        return counts + (_ordered_integers(rows) >= key)
+
+    counts = jnp.zeros_like(z[:_ROWS], jnp.int32)
+    in_blocks = jnp.sum(lax.fori_loop(0, len(z) // _ROWS, add, counts)) if whole else 0
+    return in_blocks + _count(z[whole:], key)
 
 
 def top_k_threshold(z: jax.Array, k: int) -> jax.Array:
@@ -206,7 +240,7 @@ def _nth_largest(
     def halve(bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Keeps: at least ``n`` keys are >= low, fewer are > high."""
         low, high = bracket
-        middle = (low | high) - ((low ^ high) >> 1)  # the mean, rounded up, without overflow
+        middle = _middle(low, high)
         reached = jnp.sum(keys >= middle, axes, keepdims=True, dtype=jnp.int32)
         if axis_name is not None:
             reached = lax.psum(reached, axis_name)
@@ -215,6 +249,11 @@ def _nth_largest(
         return low, high if exact else jnp.where(reached == n, low, high)
 
     return lax.while_loop(lambda bracket: jnp.any(bracket[0] < bracket[1]), halve, (low, high))[0]
+
+
+def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
+    """The mean, rounded up, without overflow."""
+    return (low | high) - ((low ^ high) >> 1)
 
 
 def _columns(rows: jax.Array) -> jax.Array:

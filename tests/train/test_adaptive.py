@@ -141,6 +141,14 @@ def test_the_choice_of_a_capacity(now, row, mean, chosen):
     assert found == (None if chosen is None else Capacity(*chosen))
 
 
+@pytest.mark.parametrize(("k", "mean"), [(32, 64), (33, 64), (34, 96), (180, 48)])
+def test_batch_topk_gets_what_its_k_can_need_on_average_if_that_pays(k, mean):
+    """k places of a row and the unused ones of a block of 32, up to a limit of 192; else what was measured."""
+    config = SAEConfig.preset("batch_topk", 16, 4608, k=k)
+    stats = stats_with((768, 192), {256: 100}, {48: 100})
+    assert choose_capacity(config, stats, capacity_limit(config, "cpu")).mean == mean
+
+
 def test_small_dictionaries_are_dense():
     assert capacity_limit(SAEConfig.preset("sparsemax", 16, 128), "cpu") is None
     large = SAEConfig.preset("sparsemax", 16, 49_152)
