@@ -158,7 +158,7 @@ def _nth_of_batch(z: jax.Array, n: jax.Array, axis_name: str | None) -> jax.Arra
     if groups is z:
         return _floats(bound)
     low = jnp.where(n <= of_maxima, bound, _ordered_integers(jnp.float32(-jnp.inf)))
-    high = over_devices(lax.pmax, jnp.max(maxima))
+    high: jax.Array = over_devices(lax.pmax, jnp.max(maxima))
 
     def narrow(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Keeps: at least n are >= low, fewer are > high. Until high is found, steps from low double."""
