@@ -17,6 +17,7 @@ _LARGEST_STEP = 1 << 29
 _ROWS = 8
 
 Selected = tuple[jax.Array, jax.Array]
+Bracket = tuple[jax.Array, jax.Array, jax.Array]
 Selector = Callable[[jax.Array, jax.Array, jax.Array], Selected]
 
 
@@ -158,9 +159,9 @@ def _nth_of_batch(z: jax.Array, n: jax.Array, axis_name: str | None) -> jax.Arra
     if groups is z:
         return _floats(bound)
     low = jnp.where(n <= of_maxima, bound, _ordered_integers(jnp.float32(-jnp.inf)))
-    high: jax.Array = over_devices(lax.pmax, jnp.max(maxima))
+    high = over_devices(lax.pmax, jnp.max(maxima))
 
-    def narrow(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def narrow(carry: Bracket) -> Bracket:
         """Keeps: at least n are >= low, fewer are > high. Until high is found, steps from low double."""
         low, high, step = carry
         pivot = low + jnp.minimum(_middle(low, high) - low, step)
