@@ -99,6 +99,17 @@ def test_pmap_gradients_are_those_of_one_device(name):
         np.testing.assert_allclose(np.asarray(b) - np.asarray(before), moved, atol=1e-5 * np.abs(moved).max() + 1e-6)
 
 
+@pytest.mark.parametrize("capacity", [None, jax_sae.Capacity(64, 64)])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_compiled_once_since_it_gives_a_state_like_the_one_it_takes(name, capacity):
+    config, optimizer, batches = setup(name)
+    state = jax.eval_shape(functools.partial(fresh, config, optimizer))
+    step = functools.partial(jax_sae.train_step, config, optimizer, capacity=capacity)
+    after, _ = jax.eval_shape(step, state, batches[0])
+    kinds = lambda state: [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(state)]
+    assert kinds(after) == kinds(state)
+
+
 @pytest.mark.parametrize("wrap", ["jit", "pmap"])
 def test_several_steps_per_call_are_those_steps(wrap):
     config, optimizer, batches = setup("sparsemax")

@@ -22,7 +22,7 @@ def initial_parameters(config: SAEConfig, rngs: nnx.Rngs, statistics: Any = None
     attention = config.encoder == "attention"
     parameters = _of_attention(config, rngs) if attention else _of_mlp(config, rngs, statistics)
     if config.activation == "jumprelu":
-        parameters["threshold"] = nnx.Param(jnp.full(config.n_concepts, config.threshold_init))
+        parameters["threshold"] = nnx.Param(jnp.full(config.n_concepts, config.threshold_init, jnp.float32))
     if config.learn_alpha:
         parameters["log_alpha"] = nnx.Param(jnp.log(jnp.float32(config.alpha - 1)))
     return parameters
