@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_sae.ops import reduce_apart
@@ -288,10 +288,11 @@ def mesh_train_step(
 ) -> Step:
     """:func:`train_step` over a mesh with axes ``data`` and ``model``.
 
-    The batch is split over ``data``, everything with a concept axis over ``model``; XLA places the collectives. The
-    step is the dense one.
+    The batch is split over ``data``, everything with a concept axis over ``model``; XLA places the collectives, also
+    where the axes of ``mesh`` are explicit, as ``jax.make_mesh`` makes them. The step is the dense one.
     Put the state on the mesh with ``jax.device_put(state, state_shardings(state, mesh))``.
     """
+    mesh = _automatic(mesh)
     step = _repeat(functools.partial(train_step, config, optimizer), steps_per_call)
     rows = P("data", None) if steps_per_call == 1 else P(None, "data", None)
 
@@ -301,7 +302,16 @@ def mesh_train_step(
         state, metrics = step(state, batch)
         return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh)), metrics
 
-    return sharded_step
+    def step_on_mesh(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # whatever mesh the caller has set
+            return sharded_step(state, batch)
+
+    return step_on_mesh
+
+
+def _automatic(mesh: Mesh) -> Mesh:
+    """The mesh with axes along which XLA splits operations by itself."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 # Arrays with one entry for each concept along their first axis; ``threshold`` of the statistics is a scalar.
@@ -314,7 +324,11 @@ def _names(path: tuple[Any, ...]) -> set[str]:
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """The sharding of every leaf of ``state`` on ``mesh``: concepts over ``model``, the rest replicated."""
+    """The sharding of every leaf of ``state`` on ``mesh``: concepts over ``model``, the rest replicated.
+
+    Its axes are automatic, whatever those of ``mesh`` are: XLA splits the step.
+    """
+    mesh = _automatic(mesh)
 
     def sharding(path: tuple[Any, ...], leaf: jax.Array) -> NamedSharding:
         if not (_OF_CONCEPTS & _names(path) and leaf.ndim) or "model" not in mesh.axis_names:

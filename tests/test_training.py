@@ -1,5 +1,6 @@
 """The training step: the same numbers however it is spread, and the update the definition gives."""
 
+import contextlib
 import functools
 from typing import get_args
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_sae
 from jax_sae import Preset, SAEConfig
@@ -83,6 +84,21 @@ def test_a_mesh_over_rows_and_concepts_equals_jit_on_one(name):
     for parameter, value in vars(actual[0].model).items():
         if parameter in over_concepts:
             assert value[...].sharding.spec[0] == "model", f"{parameter} stays sharded"
+
+
+@pytest.mark.parametrize(("name", "set_mesh"), [("sparsemax", True), ("topk", False), ("batch_topk", True)])
+def test_explicit_axes_of_a_mesh_are_left_to_xla_too(name, set_mesh):
+    """As ``jax.make_mesh`` makes them; rows long enough to be selected from by way of maxima."""
+    _, optimizer, batches = setup("topk")
+    config = SAEConfig.preset(name, D, 2048)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    expected = run(jax_sae.jit_train_step(config, optimizer), fresh(config, optimizer), batches[:3])
+    state = fresh(config, optimizer)
+    state = jax.device_put(state, jax_sae.state_shardings(state, mesh))
+    placed = [jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data"))) for batch in batches[:3]]
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        actual = run(jax_sae.mesh_train_step(config, optimizer, mesh), state, placed)
+    assert_same_run(actual, expected)
 
 
 @pytest.mark.parametrize("name", ["sparsemax", "batch_topk", "matryoshka_batch_topk", "gated", "jumprelu", *EXTRA])
