@@ -67,7 +67,7 @@ def _covering(needs: np.ndarray, steps: float) -> int:
 
 
 def _most_on_average(config: SAEConfig, limit: int) -> int:
-    """The capacity that no batch passes, where there is one that pays; else 0.
+    """The capacity that a batch on one device does not pass, scores that tie aside, if it pays; else 0.
 
     batch_topk keeps k of a row on average, and the places of a row are counted in whole blocks.
     """

@@ -129,7 +129,7 @@ def batch_top_k_threshold(z: jax.Array, count: int | jax.Array, *, axis_name: st
 
     By bisection on the integers whose order is that of the floats, in counting sweeps that need neither a sort nor a
     gather, so the batch may be split over devices. It starts at a close lower bound, from maxima of groups, and takes
-    some 15 sweeps.
+    10 to 20 sweeps.
 
     Args:
       z: [B, M] scores without NaN; this device's rows when ``axis_name`` is given. Computed in float32.

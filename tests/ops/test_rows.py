@@ -22,10 +22,9 @@ def places(seed=0):
 
 
 @pytest.fixture(params=["cpu", "default"])
-def form(request, monkeypatch):
+def form(request, run_as):
     """Both forms of the work, whatever platform the tests run on."""
-    choose = lambda *arrays, cpu, default: (cpu if request.param == "cpu" else default)(*arrays)
-    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    run_as(request.param)
 
 
 @pytest.mark.parametrize("room", [None, 9])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_sae import batch_top_k_threshold, top_k_mask
-from jax_sae.ops import top_k_threshold, topk
+from jax_sae.ops import top_k_threshold
 from jax_sae.ops.largest import top_k
 
 
@@ -20,13 +20,8 @@ def test_top_k_mask_equals_a_stable_sort():
         np.testing.assert_array_equal(top_k_mask(jnp.asarray(z), k), expected)
 
 
-@pytest.fixture
-def on_tpu(monkeypatch):
-    """What a TPU would run, run here."""
-    monkeypatch.setattr(topk.lax, "platform_dependent", lambda *arrays, tpu, **_: jax.jit(tpu)(*arrays))
-
-
-def test_top_k_is_that_of_the_definition_whatever_k_is_rounded_up_to(on_tpu):
+def test_top_k_is_that_of_the_definition_whatever_k_is_rounded_up_to(run_as):
+    run_as("tpu")
     z = jnp.asarray(np.random.default_rng(0).standard_normal((5, 700)), jnp.float32)
     for k in (1, 128, 129, 512, 513, 700):
         for found, expected in zip(top_k(z, k), jax.lax.top_k(z, k), strict=True):
@@ -45,13 +40,8 @@ ADVERSARIAL = {
 
 
 @pytest.fixture(params=["cpu", "tpu", "gpu"])
-def platform(request, monkeypatch):
-    """What each platform would run, run here."""
-
-    def on_platform(*arrays, default, **platforms):
-        return jax.jit(platforms.get(request.param, default))(*arrays)
-
-    monkeypatch.setattr(topk.lax, "platform_dependent", on_platform)
+def platform(request, run_as):
+    run_as(request.param)
 
 
 @pytest.fixture
@@ -155,7 +145,7 @@ def test_batch_threshold_takes_a_traced_count():
 @pytest.mark.parametrize("width", [50, 3000])
 @pytest.mark.parametrize("first", [0.0, 100.0])
 def test_batch_threshold_over_eight_devices_is_that_of_the_whole_batch(width, first):
-    """Also where only one device has a row too full to be gathered."""
+    """Also where one device has most of what is large."""
     z = np.random.default_rng(6).standard_normal((32, width)).astype(np.float32)
     z[0] += first
     f = jax.pmap(functools.partial(batch_top_k_threshold, count=1000, axis_name="data"), axis_name="data")
