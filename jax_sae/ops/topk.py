@@ -166,13 +166,9 @@ def _nth_of_batch(z: jax.Array, n: jax.Array, axis_name: str | None) -> jax.Arra
         low, high, step = carry
         pivot = low + jnp.minimum(_middle(low, high) - low, step)
         reached = over_devices(lax.psum, lax.platform_dependent(z, pivot, cpu=_count_by_rows, default=_count))
-        enough = reached >= n
-        below = jnp.where(reached == n, pivot, pivot - 1)  # nothing between them is wanted then
-        return (
-            jnp.where(enough, pivot, low),
-            jnp.where(enough & (reached > n), high, below),
-            jnp.minimum(step, _LARGEST_STEP) * 2,
-        )
+        low = jnp.where(reached >= n, pivot, low)
+        high = jnp.where(reached > n, high, pivot - 1)  # at n, below low: nothing between them is wanted then
+        return low, high, jnp.minimum(step, _LARGEST_STEP) * 2
 
     first = jnp.zeros_like(low) + _FIRST_STEP
     low, _, _ = lax.while_loop(lambda carry: carry[0] < carry[1], narrow, (low, high, first))

@@ -119,9 +119,11 @@ def test_no_whole_row_is_sorted(k):
 
 @pytest.mark.parametrize("kind", ["normal", "positive part", "ties", "tiny", "huge", "one row"])
 @pytest.mark.parametrize(
-    ("width", "count"), [*((40, count) for count in (1, 2, 37, 799, 800)), (3000, 20), (3000, 900)]
+    ("width", "count"),
+    [*((40, count) for count in (1, 2, 37, 799, 800)), *((3000, count) for count in (20, 900, 20_000))],
 )
 def test_batch_threshold_is_the_count_th_largest(kind, width, count):
+    """Short rows; and long ones, of which the last count is of more than there are maxima of groups."""
     z = np.random.default_rng(5).standard_normal((20, width)).astype(np.float32)
     z = {
         "normal": z,
