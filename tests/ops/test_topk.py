@@ -117,10 +117,10 @@ def test_no_whole_row_is_sorted(k):
     assert " sort(" not in program.as_text()
 
 
-@pytest.mark.parametrize("kind", ["normal", "positive part", "ties", "tiny", "huge", "one row"])
+@pytest.mark.parametrize("kind", ["normal", "positive part", "ties", "tiny", "huge", "next to each other", "one row"])
 @pytest.mark.parametrize(
     ("width", "count"),
-    [*((40, count) for count in (1, 2, 37, 799, 800)), *((3000, count) for count in (20, 900, 20_000))],
+    [*((40, count) for count in (1, 2, 37, 799, 800)), *((3000, count) for count in (20, 900, 55_000))],
 )
 def test_batch_threshold_is_the_count_th_largest(kind, width, count):
     """Short rows; and long ones, of which the last count is of more than there are maxima of groups."""
@@ -131,6 +131,10 @@ def test_batch_threshold_is_the_count_th_largest(kind, width, count):
         "ties": np.round(z),
         "tiny": z * np.float32(1e-38),
         "huge": z * np.float32(1e37),
+        "next to each other": np.random.default_rng(5)
+        .permutation(0x3F800000 + np.arange(z.size, dtype=np.int32))
+        .view(np.float32)
+        .reshape(z.shape),
         "one row": z + 100 * (np.arange(20)[:, None] == 3).astype(np.float32),  # that has most of what is large
     }[kind]
     with np.errstate(under="ignore"):
